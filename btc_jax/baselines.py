@@ -1,0 +1,141 @@
+"""The quantizers that BTC is compared with, measured in the same units. They are decoded at once, never packed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from btc_jax._typing import Array, Float, Order, PyTree
+from btc_jax.blocks import join, split
+from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tree_metrics
+from btc_jax.policy import Policy
+from btc_jax.tree import decide
+
+Blocks = Float[Array, "blocks size"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A quantizer with one width and a header of fixed size for each of its groups of weights.
+
+    Attributes:
+        name: what tables call it.
+        bits: bits of each code.
+        header_bits: bits stored beside the codes of a group.
+        group_size: weights per group; 0 for the whole tensor, -1 for an output channel (last axis in Flax's layout, the
+            first one in PyTorch's, `order="stored"`).
+        reconstruct: groups -> the groups that their codes stand for.
+    """
+
+    name: str
+    bits: int
+    header_bits: int
+    group_size: int
+    reconstruct: Callable[[Blocks], Blocks]
+
+
+def uniform8() -> Baseline:
+    """Uniform 8 bits between the extremes of the whole tensor (paper, section 2.3); float32 extremes.
+
+    Example:
+        >>> uniform8().header_bits
+        64
+    """
+    return Baseline("uniform8", 8, 64, 0, _min_max)
+
+
+def percentile8(percentile: float = 99.9) -> Baseline:
+    """Uniform 8 bits per output channel, clipped at percentiles (paper, section 3); float32 limits.
+
+    Args:
+        percentile: weights above this percentile of their channel, and below 100 minus it, are clipped; in (50, 100].
+
+    Raises:
+        ValueError: the percentile is out of range.
+    """
+    if not 50 < percentile <= 100:
+        raise ValueError(f"percentile is {percentile}; it must be above 50 and at most 100")
+    return Baseline(f"percentile8 ({percentile:g} %)", 8, 64, -1, functools.partial(_percentile, percentile))
+
+
+def absmax4(group_size: int = 32) -> Baseline:
+    """Symmetric 4 bits, -7 to 7, scaled by the largest magnitude of each group; float16 scale.
+
+    Raises:
+        ValueError: the group size is below 1.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size is {group_size}; it must be 1 or more")
+    return Baseline(f"absmax4 (groups of {group_size})", 4, 16, group_size, _absmax)
+
+
+def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None = None) -> tuple[PyTree, TreeMetrics]:
+    """Quantizes and decodes the leaves that `policy` takes (its codec is not used).
+
+    Returns:
+        The tree with dense, quantized weights, and its figures. What is counted is what a packed form would take.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> _, metrics = apply_baseline({"kernel": jnp.ones((64, 64))}, absmax4())
+        >>> metrics.total.effective_bits
+        4.5
+    """
+    leaves, decisions, treedef = decide(params, policy or Policy())
+    decoded, rows = [], []
+    for leaf, decision in zip(leaves, decisions, strict=True):
+        storage = None
+        result = leaf
+        if decision.codec is not None:
+            group = _group(leaf.shape, baseline.group_size, decision.order)
+            result = _reconstruct(leaf, baseline, group, decision.order)
+            storage = _storage(leaf.size, baseline, group)
+        decoded.append(result)
+        rows.append(measure_leaf(decision.path, leaf, result, storage, decision.reason))
+    return treedef.unflatten(decoded), tree_metrics(rows)
+
+
+def _group(shape: tuple[int, ...], group_size: int, order: Order) -> int:
+    size = functools.reduce(int.__mul__, shape, 1)
+    if group_size > 0:
+        return group_size
+    channels = (shape[0] if order == "stored" else shape[-1]) if group_size < 0 and shape else 1
+    return max(size // max(channels, 1), 1)
+
+
+def _storage(weights: int, baseline: Baseline, group: int) -> Storage:
+    groups = -(-weights // group)
+    payload, header = weights * baseline.bits, groups * baseline.header_bits
+    return Storage(weights, groups, 0, payload, header, -(-(payload + header) // 8))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _reconstruct(leaf: Array, baseline: Baseline, group: int, order: Order) -> Array:
+    full, tail = split(leaf, group, order)
+    blocks = baseline.reconstruct(full) if full.shape[0] else full
+    if tail is not None:
+        padding = ((0, 0), (0, group - tail.shape[1]))
+        blocks = jnp.concatenate([blocks, jnp.pad(baseline.reconstruct(tail), padding)])
+    return join(blocks, leaf.shape, order).astype(leaf.dtype)
+
+
+def _between(low: Array, high: Array, groups: Array) -> Array:
+    step = (high - low) / 255
+    codes = jnp.clip(jnp.round((groups - low) / jnp.where(step > 0, step, 1.0)), 0, 255)
+    return low + codes * step
+
+
+def _min_max(groups: Array) -> Array:
+    return _between(groups.min(1, keepdims=True), groups.max(1, keepdims=True), groups)
+
+
+def _percentile(percentile: float, groups: Array) -> Array:
+    low, high = (jnp.percentile(groups, p, axis=1, keepdims=True) for p in (100 - percentile, percentile))
+    return _between(low, high, groups)
+
+
+def _absmax(groups: Array) -> Array:
+    scale = (jnp.abs(groups).max(1, keepdims=True) / 7).astype(jnp.float16).astype(jnp.float32)
+    return jnp.clip(jnp.round(groups / jnp.where(scale > 0, scale, 1.0)), -7, 7) * scale

@@ -1,0 +1,179 @@
+"""The paper's codec: min-max uniform quantization of each block, at one of two widths chosen by its spread.
+
+Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block Transform Coding", Information 2026,
+17(1), 69, section 2.2, equations 1 to 5.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from btc_jax._typing import Array, Bool, Float, UInt8
+from btc_jax.codecs.base import Codec, Coded
+
+_ROUND = 1.5 * 2**23
+"""Adding this to a float32 in 0..2^22 leaves it rounded, half to even, in the low bits of the significand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Codec):
+    """Each block is quantized uniformly between its extremes, with few bits if it is smooth and many if it is not.
+
+    A block whose population standard deviation is below `threshold` takes `low_bits` a weight, any other `high_bits`
+    (equations 1 to 3). Its grid runs from minimum to maximum in `2 ** bits - 1` steps (equations 4 and 5). The header
+    stores both extremes and one bit for the width: 33 bits a block with `float16` extremes.
+
+    The minimum is rounded down and the maximum up to `header_dtype`, and the grid runs between the rounded values. So
+    nothing clips, and every weight comes back within half a step of its block.
+
+    Args:
+        block_size: weights per block, at least 2.
+        low_bits: bits per weight of a smooth block, 1 to 7.
+        high_bits: bits per weight of any other block, above `low_bits` and at most 8.
+        threshold: standard deviation from which a block is wide, in units of the weights. 0 makes every block wide,
+            infinity none.
+        header_dtype: `"float16"` or `"float32"`; float16 holds weights up to 65504.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        TypeError: an argument is not a number.
+
+    Example:
+        >>> Uniform(block_size=32).widths
+        (4, 8)
+    """
+
+    id: ClassVar[str] = "uniform"
+    witness: ClassVar[str] = "minimum"
+
+    block_size: int = 64
+    low_bits: int = 4
+    high_bits: int = 8
+    threshold: float = 0.05
+    header_dtype: str = "float16"
+
+    def __post_init__(self):
+        for name in ("block_size", "low_bits", "high_bits"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        if self.block_size < 2:
+            raise ValueError(f"block_size is {self.block_size}; a block holds at least 2 weights")
+        if not 1 <= self.low_bits < self.high_bits <= 8:
+            raise ValueError(
+                f"low_bits is {self.low_bits} and high_bits is {self.high_bits}; "
+                "they need 1 <= low_bits < high_bits <= 8"
+            )
+        object.__setattr__(self, "threshold", _real("threshold", self.threshold))
+        if not self.threshold >= 0:
+            raise ValueError(
+                f"threshold is {self.threshold}; it is a standard deviation: 0 or more, inf for never wide"
+            )
+        if self.header_dtype not in ("float16", "float32"):
+            raise ValueError(f"header_dtype is {self.header_dtype!r}; it can be 'float16' or 'float32'")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        if self.threshold == 0:
+            return (self.high_bits,)
+        return (self.low_bits,) if math.isinf(self.threshold) else (self.low_bits, self.high_bits)
+
+    @property
+    def wide_bits(self) -> int:
+        return self.high_bits
+
+    def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
+        wide, minimum, maximum = jax.vmap(self._statistics)(blocks)
+        # Kept apart from the codes, or XLA computes the statistics again for every weight.
+        minimum, maximum = jax.lax.optimization_barrier((minimum, maximum))
+        codes = jax.vmap(self._quantize)(blocks, wide, minimum, maximum)
+        return Coded(self._bits(wide), codes, {"minimum": minimum, "maximum": maximum})
+
+    def decode(self, coded: Coded) -> Float[Array, "blocks size"]:
+        minimum, maximum = coded.header["minimum"], coded.header["maximum"]
+        return jax.vmap(self._dequantize)(coded.codes, coded.widths == self.high_bits, minimum, maximum)
+
+    def pack_header(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> dict[str, Array]:
+        if len(self.widths) == 1:
+            return dict(header)
+        return {**header, "wide": jnp.packbits(widths == self.high_bits, bitorder="little")}
+
+    def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
+        header = dict(stored)
+        if len(self.widths) == 1:
+            return jnp.full(blocks, self.widths[0], jnp.uint8), header
+        wide = jnp.unpackbits(header.pop("wide"), count=blocks, bitorder="little")
+        return self._bits(wide.astype(bool)), header
+
+    def to_json(self) -> dict[str, Any]:
+        # JSON has no infinity; float("inf") reads the string back.
+        infinite = {"threshold": "inf"} if math.isinf(self.threshold) else {}
+        return super().to_json() | infinite
+
+    def _statistics(self, block: Float[Array, " size"]) -> tuple[Array, Array, Array]:
+        """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
+        dtype = jnp.dtype(self.header_dtype)
+        minimum = _round_down(block.min(), dtype)
+        maximum = -_round_down(-block.max(), dtype)
+        mean = block.mean()
+        # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
+        in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & jnp.isfinite(mean)
+        minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
+        if len(self.widths) == 1:
+            return jnp.array(self.widths[0] == self.high_bits), minimum, maximum
+        variance = jnp.mean(jnp.square(block - mean))
+        return ~(jnp.sqrt(variance) < self.threshold), minimum, maximum
+
+    def _step(self, wide: Bool[Array, ""], minimum: Float[Array, ""], maximum: Float[Array, ""]) -> Array:
+        """Equation 4 of one block. The extremes are those of the header, so that encoder and decoder agree."""
+        levels = jnp.where(wide, 2.0**self.high_bits - 1, 2.0**self.low_bits - 1)
+        return (maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) / levels
+
+    def _quantize(
+        self,
+        block: Float[Array, " size"],
+        wide: Bool[Array, ""],
+        minimum: Float[Array, ""],
+        maximum: Float[Array, ""],
+    ) -> UInt8[Array, " size"]:
+        """Equation 5, forward. A constant block has step 0 and codes 0."""
+        step = self._step(wide, minimum, maximum)
+        scaled = (block - minimum.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
+        return jax.lax.bitcast_convert_type(scaled + _ROUND, jnp.uint32).astype(jnp.uint8)
+
+    def _dequantize(
+        self,
+        codes: UInt8[Array, " size"],
+        wide: Bool[Array, ""],
+        minimum: Float[Array, ""],
+        maximum: Float[Array, ""],
+    ) -> Float[Array, " size"]:
+        """Equation 5, backward."""
+        return minimum.astype(jnp.float32) + codes.astype(jnp.float32) * self._step(wide, minimum, maximum)
+
+    def _bits(self, wide: Bool[Array, " blocks"]) -> UInt8[Array, " blocks"]:
+        return jnp.where(wide, jnp.uint8(self.high_bits), jnp.uint8(self.low_bits))
+
+
+def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
+    """The largest number of `dtype` that is not above `x`. Zero becomes -0.0, so that no header is all zero bits."""
+    y = x.astype(dtype)
+    y = jnp.where(y.astype(x.dtype) > x, jnp.nextafter(y, jnp.full_like(y, -jnp.inf)), y)
+    return jnp.where(y == 0, jnp.full_like(y, -0.0), y)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None

@@ -1,0 +1,155 @@
+"""One leaf <-> its packed arrays: blocks, codec and planes put together and jitted.
+
+Arrays under `jax.jit` have fixed shapes, and how many rows a plane has is known only when the widths are. So packing is
+two jitted steps with a read of a few integers in between, and cannot itself run under `jit`; `reconstruct` can.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from btc_jax._typing import Array, ArrayLike, Float, Order
+from btc_jax.blocks import join, split
+from btc_jax.codecs import Codec, Coded
+from btc_jax.planes import compact, pack_plane, plane_specs, row_nbytes, unpack_planes
+
+Planes = tuple[Array, ...]
+Header = dict[str, Array]
+
+
+def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tuple[Planes, Header]:
+    """Planes and header of a leaf of any floating dtype.
+
+    Raises:
+        ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
+    """
+    leaf = jnp.asarray(leaf)
+    rows, widths, header, finite, counts = _encode(leaf, codec, order)
+    finite, counts = bool(finite), tuple(counts.tolist())
+    if not finite:
+        raise ValueError(f"{path}: {_what_does_not_fit(leaf, codec)}")
+    planes = [
+        _compact(all_rows, widths, spec.end, kept) if kept < widths.size else all_rows
+        for all_rows, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
+    ]
+    return tuple(planes), header
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype", "order"))
+def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order) -> Array:
+    """The leaf that `pack` packed, as the codec has it, in `dtype`."""
+    return _decode(codec, shape, dtype, order, planes, header)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order) -> Float[Array, "..."]:
+    """`unpack(pack(leaf))` in one traced call. Its derivative is the identity (straight-through)."""
+    return _reconstruct(codec, order, leaf)
+
+
+def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
+    """Bytes that `size` weights take if `counts[i]` of their blocks are `codec.widths[i]` bits wide."""
+    rows = zip(_kept_rows(codec, counts), plane_specs(codec.widths), strict=True)
+    planes = sum(kept * row_nbytes(codec.block_size, spec.bits) for kept, spec in rows)
+    return planes + header_nbytes(codec, -(-size // codec.block_size))
+
+
+@functools.cache
+def header_nbytes(codec: Codec, blocks: int) -> int:
+    """Bytes of the stored header of this many blocks."""
+
+    def stored_header(matrix: Array) -> Header:
+        coded = codec.encode(matrix)
+        return codec.pack_header(coded.widths, coded.header)
+
+    stored = jax.eval_shape(stored_header, jax.ShapeDtypeStruct((blocks, codec.block_size), jnp.float32))
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in stored.values())
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def count_widths(leaf: Float[Array, "..."], codec: Codec, order: Order) -> Array:
+    """How many blocks have each of `codec.widths`; much cheaper than packing."""
+    widths = jnp.concatenate([codec.encode(part).widths for part in _parts(leaf, codec, order)])
+    return _histogram(widths, codec)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def _encode(leaf: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Header, Array, Array]:
+    """Step 1 of packing: rows of all blocks in all planes, widths, stored header, and the numbers the host needs."""
+    parts = [codec.encode(part) for part in _parts(leaf, codec, order)]
+    widths = jnp.concatenate([part.widths for part in parts])
+    header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
+    rows = tuple(
+        jnp.concatenate([pack_plane(_filled_up(part.codes, codec), part.widths, spec) for part in parts])
+        for spec in plane_specs(codec.widths)
+    )
+    floating = [array for array in header.values() if jnp.issubdtype(array.dtype, jnp.floating)]
+    finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in floating]))
+    return rows, widths, codec.pack_header(widths, header), finite, _histogram(widths, codec)
+
+
+_compact = jax.jit(compact, static_argnums=(2, 3))
+"""Step 2 of packing, for one plane."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order, planes: Planes, header: Header) -> Array:
+    blocks = -(-math.prod(shape) // codec.block_size)
+    widths, per_block = codec.unpack_header(header, blocks)
+    codes = unpack_planes(planes, plane_specs(codec.widths), widths, codec.block_size)
+    return join(codec.decode(Coded(widths, codes, per_block)), shape, order).astype(dtype)
+
+
+@_decode.defjvp
+def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
+    raise TypeError(
+        f"packed weights of shape {shape} have no gradient. To train, decode the tree with btc_dequantize, "
+        "or quantize inside the loss with btc_reconstruct"
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _reconstruct(codec: Codec, order: Order, leaf: Array) -> Array:
+    coded = [codec.encode(part) for part in _parts(leaf, codec, order)]
+    blocks = [_filled_up(codec.decode(part), codec) for part in coded]
+    return join(jnp.concatenate(blocks), leaf.shape, order).astype(leaf.dtype)
+
+
+@_reconstruct.defjvp
+def _straight_through(codec: Codec, order: Order, primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    return _reconstruct(codec, order, primals[0]), tangents[0]
+
+
+def _parts(leaf: Array, codec: Codec, order: Order) -> list[Array]:
+    """The full blocks and the short last one, each a matrix; at least one, for a leaf of size 0."""
+    full, tail = split(leaf, codec.block_size, order)
+    if tail is None:
+        return [full]
+    return [full, tail] if full.shape[0] else [tail]
+
+
+def _filled_up(matrix: Array, codec: Codec) -> Array:
+    return jnp.pad(matrix, ((0, 0), (0, codec.block_size - matrix.shape[1])))
+
+
+def _histogram(widths: Array, codec: Codec) -> Array:
+    return jnp.stack([jnp.sum(widths == width, dtype=jnp.int32) for width in codec.widths])
+
+
+def _kept_rows(codec: Codec, counts: tuple[int, ...]) -> list[int]:
+    """Rows of each plane: one for each block that is wide enough."""
+    return [
+        sum(count for width, count in zip(codec.widths, counts, strict=True) if width >= spec.end)
+        for spec in plane_specs(codec.widths)
+    ]
+
+
+def _what_does_not_fit(leaf: Array, codec: Codec) -> str:
+    not_finite = int(jnp.sum(~jnp.isfinite(leaf)))
+    if not_finite:
+        return f"{not_finite} of {leaf.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
+    largest = float(jnp.abs(leaf.astype(jnp.float32)).max())
+    return f"weights as large as {largest:g} do not fit the header; use {codec.id} with header_dtype='float32'"

@@ -1,0 +1,166 @@
+"""Accuracy of a model, and how far its answers moved from those of the float model. For any apply function."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from btc_jax._progress import tracked
+from btc_jax._typing import PyTree
+
+Apply = Callable[[PyTree, Any], Any]
+"""`apply(params, inputs) -> logits [batch, classes]`, such as `lambda p, x: model.apply({"params": p}, x)`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model answers on a labelled set.
+
+    Attributes:
+        examples: number of examples.
+        top1, topk: share of examples, 0 to 1, whose label has the largest logit, and one of the `k` largest.
+        k: the `k` of `topk`, at most the number of classes.
+        cross_entropy: mean negative log-likelihood of the labels, in nats.
+        agreement: share of examples with the same first answer as the float model, 0 to 1; `None` without reference.
+        kl: mean Kullback-Leibler divergence from the float model's distribution to this one, in nats; `None` without.
+    """
+
+    examples: int
+    top1: float
+    topk: float
+    k: int
+    cross_entropy: float
+    agreement: float | None = None
+    kl: float | None = None
+
+
+def btc_logits(
+    apply: Apply, params: PyTree, inputs: PyTree, *, batch_size: int = 256, progress: bool = False
+) -> np.ndarray:
+    """Logits of a model on all inputs, computed in jitted batches on jax's default device.
+
+    Args:
+        apply: `apply(params, inputs) -> logits`; each example's logits must not depend on the rest of its batch.
+        params: dense or packed tree.
+        inputs: array, or pytree of arrays, with examples along the first axis. The last batch may be short.
+        batch_size: examples a call.
+        progress: show a bar on a terminal.
+
+    Returns:
+        float32 logits `[examples, classes]`.
+
+    Raises:
+        ValueError: there are no examples, or `apply` does not return `[batch, classes]`.
+    """
+    examples = _count(inputs)
+    batch = min(batch_size, examples)
+    if batch < 1:
+        raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
+    run = jax.jit(apply)
+    starts = range(0, examples, batch)
+    outputs = [
+        np.asarray(run(params, _batch(inputs, i, batch)), np.float32) for i in tracked(starts, "evaluating", progress)
+    ]
+    if outputs[0].ndim != 2 or len(outputs[0]) != batch:
+        raise ValueError(
+            f"apply returned shape {outputs[0].shape} for {batch} examples; it must return [batch, classes]"
+        )
+    return np.concatenate(outputs)[:examples]
+
+
+def btc_evaluate(
+    apply: Apply,
+    params: PyTree,
+    inputs: PyTree,
+    labels: Any,
+    *,
+    reference: Any = None,
+    batch_size: int = 256,
+    top_k: int = 5,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluates a classifier with dense or packed parameters.
+
+    Args:
+        apply, params, inputs, batch_size, progress: as for `btc_logits`.
+        labels: the right class of each example, integers.
+        reference: the float model's logits on the same inputs, from `btc_logits`; for agreement and divergence.
+        top_k: the `k` of the top-k accuracy.
+
+    Returns:
+        The figures; all are NaN if a logit is.
+
+    Raises:
+        ValueError: labels or reference do not fit the inputs or the classes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> apply = lambda params, x: x @ params["kernel"]
+        >>> inputs, labels = jnp.eye(3), [0, 1, 1]
+        >>> evaluation = btc_evaluate(apply, {"kernel": 9.0 * jnp.eye(3)}, inputs, labels)
+        >>> round(evaluation.top1, 3), evaluation.topk
+        (0.667, 1.0)
+    """
+    logits = btc_logits(apply, params, inputs, batch_size=batch_size, progress=progress)
+    return evaluate_logits(logits, np.asarray(labels), None if reference is None else np.asarray(reference), top_k)
+
+
+def evaluate_logits(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None, top_k: int) -> Evaluation:
+    """The figures of logits `[examples, classes]`; see `btc_evaluate`."""
+    _check_fit(logits, labels, reference)
+    k = min(top_k, logits.shape[1])
+    if np.isnan(logits).any():
+        nan = float("nan")
+        return Evaluation(len(logits), nan, nan, k, nan, *([nan, nan] if reference is not None else []))
+    logp = _log_softmax(logits)
+    best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    compared = ()
+    if reference is not None:
+        logq = _log_softmax(reference)
+        agreement = np.mean(reference.argmax(1) == logits.argmax(1))
+        compared = (float(agreement), float(np.mean(np.sum(np.exp(logq) * (logq - logp), axis=1))))
+    return Evaluation(
+        len(logits),
+        float(np.mean(logits.argmax(1) == labels)),
+        float(np.mean((best == labels[:, None]).any(1))),
+        k,
+        float(-np.mean(logp[np.arange(len(labels)), labels])),
+        *compared,
+    )
+
+
+def _count(inputs: PyTree) -> int:
+    counts = {len(x) for x in jax.tree.leaves(inputs)}
+    if len(counts) != 1:
+        raise ValueError(f"inputs hold arrays of {sorted(counts)} examples; all need the same first axis")
+    return counts.pop()
+
+
+def _batch(inputs: PyTree, start: int, size: int) -> PyTree:
+    """Examples from `start`; a short batch is filled up with its last example, so that shapes, and code, stay the
+    same."""
+
+    def take(x: Any) -> Any:
+        rows = np.minimum(np.arange(start, start + size), len(x) - 1)
+        return x[rows]
+
+    return jax.tree.map(take, inputs)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _check_fit(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> None:
+    examples, classes = logits.shape
+    if labels.shape != (examples,):
+        raise ValueError(f"labels have shape {labels.shape}; {examples} examples need ({examples},)")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels are {labels.dtype} in {labels.min()}..{labels.max()}; integers in 0..{classes - 1} are needed"
+        )
+    if reference is not None and reference.shape != logits.shape:
+        raise ValueError(f"reference has shape {reference.shape}; the model's logits have {logits.shape}")

@@ -1,0 +1,266 @@
+"""What quantization cost and saved: bits, bytes and error, for each leaf and in all.
+
+Bits are counted honestly: *payload* bits are those of the codes of real weights, *header* bits all that is stored
+beside them, and *effective* bits everything stored, padding of the last block included, over the number of weights.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax._typing import Array, PyTree
+from btc_jax.codecs import Codec
+from btc_jax.plan import leaf_nbytes
+from btc_jax.policy import BTCPolicyError, Policy
+from btc_jax.tensor import BTCTensor, is_packed
+from btc_jax.tree import decide, flatten, one_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What is stored for one leaf, or for several.
+
+    Attributes:
+        weights: number of weights.
+        blocks, wide_blocks: number of blocks, and of those the wide ones.
+        payload_bits: bits of the codes of real weights, in all.
+        header_bits: bits of all headers.
+        nbytes: bytes of everything stored.
+    """
+
+    weights: int = 0
+    blocks: int = 0
+    wide_blocks: int = 0
+    payload_bits: int = 0
+    header_bits: int = 0
+    nbytes: int = 0
+
+    def __add__(self, other: "Storage") -> "Storage":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Storage(*(a + b for a, b in pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """Error of reconstructed weights: sums of squares of weights and errors, and the largest error."""
+
+    weights: float = 0.0
+    errors: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: "Error") -> "Error":
+        return Error(self.weights + other.weights, self.errors + other.errors, max(self.largest, other.largest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """The figures of one leaf, or of all quantized leaves together.
+
+    Attributes:
+        weights: number of weights.
+        wide_share: share of blocks with the wide width, 0 to 1.
+        payload_bits, header_bits, effective_bits: per weight.
+        rmse: root of the mean squared error, in units of the weights.
+        relative_rmse: `rmse` over the root mean square of the weights.
+        sqnr_db: signal to quantization noise, `10 log10(sum w^2 / sum e^2)`, in dB; infinite without error.
+        largest_error: largest absolute error of a weight.
+    """
+
+    weights: int
+    wide_share: float
+    payload_bits: float
+    header_bits: float
+    effective_bits: float
+    rmse: float
+    relative_rmse: float
+    sqnr_db: float
+    largest_error: float
+
+    @classmethod
+    def of(cls, storage: Storage, error: Error) -> "Measures":
+        n = max(storage.weights, 1)
+        relative = math.sqrt(error.errors / error.weights) if error.weights else math.inf if error.errors else 0.0
+        return cls(
+            weights=storage.weights,
+            wide_share=storage.wide_blocks / max(storage.blocks, 1),
+            payload_bits=storage.payload_bits / n,
+            header_bits=storage.header_bits / n,
+            effective_bits=8 * storage.nbytes / n,
+            rmse=math.sqrt(error.errors / n),
+            relative_rmse=relative,
+            sqnr_db=-20 * math.log10(relative) if relative else math.inf,
+            largest_error=error.largest,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafMetrics:
+    """One leaf: what it is, why it is packed or not, its bytes, and its figures if it is packed."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    measures: Measures | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeMetrics:
+    """The figures of a packed tree.
+
+    Attributes:
+        leaves: every leaf, in the order of the tree.
+        total: the figures over all weights of quantized leaves.
+        bytes_before, bytes_after: bytes of the whole tree, dense leaves included.
+    """
+
+    leaves: tuple[LeafMetrics, ...]
+    total: Measures
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values; what is infinite becomes `None`."""
+        return _finite(dataclasses.asdict(self))
+
+
+def btc_metrics(
+    params: PyTree, quantized: PyTree, codec: Codec | None = None, *, policy: Policy | None = None
+) -> TreeMetrics:
+    """Compares a packed tree with the one it came from.
+
+    Args:
+        params: the tree that was quantized.
+        quantized: what `btc_quantize` made of it.
+        codec, policy: those given to `btc_quantize`; they tell the reasons of dense leaves.
+
+    Raises:
+        ValueError: the trees differ in paths or shapes.
+
+    Example:
+        >>> import btc_jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.linspace(-0.1, 0.1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
+        >>> metrics = btc_jax.btc_metrics(params, btc_jax.btc_quantize(params))
+        >>> metrics.bytes_before, metrics.bytes_after, [leaf.reason for leaf in metrics.leaves]
+        (16640, 4616, ['bias', 'default'])
+    """
+    before, after = dict_of(params), dict_of(quantized)
+    check_same_paths(before, after)
+    reasons = _reasons(params, one_policy(codec, policy))
+    rows = []
+    for path, leaf in after.items():
+        storage = storage_of(leaf) if is_packed(leaf) and not is_packed(before[path]) else None
+        decoded = leaf.dequantize(jnp.float32) if storage else leaf
+        rows.append(measure_leaf(path, before[path], decoded, storage, reasons[path]))
+    return tree_metrics(rows)
+
+
+LeafRow = tuple[LeafMetrics, Storage, Error]
+"""A leaf's metrics with the sums that the totals are made of."""
+
+
+def measure_leaf(path: str, original: Any, decoded: Any, storage: Storage | None, reason: str) -> LeafRow:
+    """The metrics of one leaf; `storage` is `None` for a dense one.
+
+    Raises:
+        ValueError: the two arrays differ in shape.
+    """
+    shape, before = tuple(getattr(original, "shape", ())), leaf_nbytes(original)
+    dtype = str(getattr(original, "dtype", type(original).__name__))
+    if shape != tuple(getattr(decoded, "shape", ())):
+        raise ValueError(f"{path} has shape {shape} in one tree and {decoded.shape} in the other")
+    if storage is None:
+        return LeafMetrics(path, shape, dtype, reason, before, before, None), Storage(), Error()
+    error = error_of(original, decoded)
+    measures = Measures.of(storage, error)
+    return LeafMetrics(path, shape, dtype, reason, before, storage.nbytes, measures), storage, error
+
+
+def tree_metrics(rows: Iterable[LeafRow]) -> TreeMetrics:
+    """Leaves and totals."""
+    rows = list(rows)
+    leaves = tuple(leaf for leaf, _, _ in rows)
+    storage = sum((s for _, s, _ in rows), Storage())
+    error = sum((e for _, _, e in rows), Error())
+    sums = [sum(getattr(leaf, name) for leaf in leaves) for name in ("bytes_before", "bytes_after")]
+    return TreeMetrics(leaves, Measures.of(storage, error), *sums)
+
+
+def storage_of(tensor: BTCTensor) -> Storage:
+    """What a packed leaf stores."""
+    widths = np.asarray(tensor.widths, np.int64)
+    spare = tensor.num_blocks * tensor.codec.block_size - tensor.size
+    payload = int(widths.sum()) * tensor.codec.block_size - (spare * int(widths[-1]) if spare else 0)
+    header = 8 * sum(array.nbytes for array in tensor.header.values())
+    wide = int((widths >= tensor.codec.wide_bits).sum())
+    return Storage(tensor.size, widths.size, wide, payload, header, tensor.nbytes)
+
+
+def error_of(original: Any, decoded: Any) -> Error:
+    """Error of `decoded` against `original`, summed in float64 whatever the scale of the weights."""
+    if not math.prod(original.shape):
+        return Error()
+    scale, weights, errors, largest = map(np.asarray, _sums(jnp.asarray(original), jnp.asarray(decoded)))
+    square = float(scale) ** 2
+    return Error(square * weights.sum(dtype=np.float64), square * errors.sum(dtype=np.float64), float(largest))
+
+
+@jax.jit
+def _sums(original: Array, decoded: Array) -> tuple[Array, Array, Array, Array]:
+    # Squares of 1e-30 vanish in float32 and long sums lose digits: scale to 1, and leave the sum of the rows to the
+    # host.
+    w, e = original.astype(jnp.float32), original.astype(jnp.float32) - decoded.astype(jnp.float32)
+    largest = jnp.abs(e).max()
+    scale = jnp.maximum(jnp.abs(w).max(), largest)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    rows = [jnp.pad((x / scale).reshape(-1), (0, -x.size % 4096)).reshape(-1, 4096) for x in (w, e)]
+    weights, errors = (jnp.square(row).sum(1) for row in rows)
+    return scale, weights, errors, largest
+
+
+def dict_of(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path."""
+    paths, leaves, _ = flatten(tree)
+    return dict(zip(paths, leaves, strict=True))
+
+
+def check_same_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    if odd := sorted(before.keys() ^ after.keys()):
+        raise ValueError(f"the trees differ: {odd[0]!r} and {len(odd) - 1} other leaves are in only one of them")
+
+
+def _reasons(params: PyTree, policy: Policy) -> dict[str, str]:
+    try:
+        return {decision.path: decision.reason for decision in decide(params, policy)[1]}
+    except BTCPolicyError as error:
+        raise BTCPolicyError(f"{error}. Metrics need the policy that the tree was quantized with") from error
+
+
+@functools.singledispatch
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return value
+
+
+@_finite.register
+def _(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+@_finite.register
+def _(value: dict) -> dict:
+    return {key: _finite(item) for key, item in value.items()}
+
+
+@_finite.register(list)
+@_finite.register(tuple)
+def _(value: list | tuple) -> list:
+    return [_finite(item) for item in value]

@@ -1,0 +1,202 @@
+"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never looked at."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax._typing import Order
+from btc_jax.codecs import Codec, Uniform
+
+_STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates")
+"""Collections of a Linen variables dict that are state, not weights."""
+
+_KINDS = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
+
+
+class BTCPolicyError(ValueError):
+    """A policy does not fit the tree it is applied to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the leaves whose path matches a pattern.
+
+    Args:
+        pattern: a glob over the whole path, in which `*` also spans `/` (`"encoder/*/kernel"`); or, after `re:`, a
+        regular
+            expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
+        codec: how matching leaves are coded; `None` leaves them dense.
+        order: how their weights run through the blocks; `None` is `"stored"` for leaves named `embedding` and
+            `"output-major"` for all others.
+
+    Raises:
+        BTCPolicyError: the regular expression is malformed, or an argument is of the wrong kind.
+    """
+
+    pattern: str
+    codec: Codec | None
+    order: Order | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.codec, Codec | None):
+            raise BTCPolicyError(f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec or None")
+        _check_order(self.order)
+        try:
+            self.matches("")
+        except re.error as error:
+            raise BTCPolicyError(f"rule {self.pattern!r} is no regular expression: {error}") from error
+
+    def matches(self, path: str) -> bool:
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], path) is not None
+        return fnmatchcase(path, self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSpec:
+    """What a policy knows of a leaf.
+
+    Attributes:
+        path: the keys of the leaf joined by `/`.
+        shape: its shape.
+        dtype: its dtype; `None` for what is no array.
+        note: why the leaf cannot be quantized whatever the policy says, or empty.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last key of the path."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a policy says of one leaf: its codec, or `None` for a dense leaf, with the reason."""
+
+    path: str
+    codec: Codec | None
+    order: Order
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Chooses the leaves to quantize: by the first rule whose pattern matches, else by the default.
+
+    The default takes floating leaves that are named `kernel` or `embedding`, have 2 axes or more and 4096 weights or
+    more, and are not in a state collection such as `batch_stats`. A rule overrides all of that.
+
+    Args:
+        codec: the codec of leaves taken by default.
+        rules: looked through in order; the first that matches a leaf decides.
+        names: globs for the names (last keys) that the default takes; `("*",)` takes any.
+        min_axes: fewest axes that the default takes.
+        min_size: fewest weights that the default takes.
+        order: order of leaves taken by default; `None` is `"stored"` for `embedding`, else `"output-major"`.
+
+    Example:
+        >>> policy = Policy(Uniform(block_size=32), rules=(Rule("*/head/*", None),))
+        >>> leaves = [LeafSpec(f"{p}/kernel", (64, 64), np.dtype("float32")) for p in ("net/body", "net/head")]
+        >>> [(d.path, d.codec is None, d.reason) for d in policy.decide(leaves)]
+        [('net/body/kernel', False, 'default'), ('net/head/kernel', True, 'rule 1')]
+    """
+
+    codec: Codec = dataclasses.field(default_factory=Uniform)
+    rules: tuple[Rule, ...] = ()
+    names: tuple[str, ...] = ("kernel", "embedding")
+    min_axes: int = 2
+    min_size: int = 4096
+    order: Order | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
+        if not isinstance(self.codec, Codec):
+            raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform()")
+        if not all(isinstance(rule, Rule) for rule in self.rules):
+            raise BTCPolicyError(f"rules are {self.rules!r}; each must be a Rule(pattern, codec)")
+        _check_order(self.order)
+
+    def decide(self, leaves: Sequence[LeafSpec]) -> list[Decision]:
+        """One decision a leaf, in their order.
+
+        Raises:
+            BTCPolicyError: a rule decides no leaf, or asks to quantize what is not floating.
+        """
+        decisions = [self._decide(leaf) for leaf in leaves]
+        for number, rule in enumerate(self.rules, 1):
+            matching = [leaf.path for leaf in leaves if rule.matches(leaf.path)]
+            if not matching:
+                raise BTCPolicyError(f"rule {number} ({rule.pattern!r}) matches no leaf; {_nearest(rule, leaves)}")
+            if not any(self._first_match(path) == number for path in matching):
+                raise BTCPolicyError(self._conflict(number, matching))
+        return decisions
+
+    def _decide(self, leaf: LeafSpec) -> Decision:
+        number = self._first_match(leaf.path)
+        rule = self.rules[number - 1] if number else Rule("*", self.codec, self.order)
+        obstacle = leaf.note or _not_floating(leaf)
+        if number and rule.codec and obstacle and not leaf.note:
+            raise BTCPolicyError(
+                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {leaf.dtype}, not floating; "
+                f"narrow the pattern, or put Rule({leaf.path!r}, None) before it"
+            )
+        if not number:
+            obstacle = obstacle or self._not_by_default(leaf)
+        order: Order = rule.order or ("stored" if leaf.name == "embedding" else "output-major")
+        reason = obstacle or (f"rule {number}" if number else "default")
+        return Decision(leaf.path, None if obstacle else rule.codec, order, reason)
+
+    def _first_match(self, path: str) -> int:
+        """Number of the rule that decides a path, from 1; 0 is the default."""
+        return next((number for number, rule in enumerate(self.rules, 1) if rule.matches(path)), 0)
+
+    def _not_by_default(self, leaf: LeafSpec) -> str:
+        """Why the default leaves a floating leaf dense, or an empty string."""
+        collection = leaf.path.split("/", 1)[0]
+        if collection in _STATE_COLLECTIONS:
+            return collection
+        if not any(fnmatchcase(leaf.name, name) for name in self.names):
+            return leaf.name or "unnamed"
+        if len(leaf.shape) < self.min_axes:
+            return f"fewer than {self.min_axes} axes"
+        return "too small" if np.prod(leaf.shape, dtype=np.int64) < self.min_size else ""
+
+    def _conflict(self, number: int, matching: Sequence[str]) -> str:
+        earlier = sorted({self._first_match(path) for path in matching})
+        names = " and ".join(f"rule {i} ({self.rules[i - 1].pattern!r})" for i in earlier)
+        return (
+            f"rule {number} ({self.rules[number - 1].pattern!r}) decides no leaf: the {len(matching)} it matches, "
+            f"{matching[0]} among them, are decided by {names} before it; put the narrower rule first, or drop one"
+        )
+
+
+def _not_floating(leaf: LeafSpec) -> str:
+    if leaf.dtype is None:
+        return "not an array"
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return ""
+    return (
+        _KINDS.get(np.dtype(leaf.dtype).kind, "not floating") if isinstance(leaf.dtype, np.dtype) else str(leaf.dtype)
+    )
+
+
+def _nearest(rule: Rule, leaves: Sequence[LeafSpec]) -> str:
+    paths = [leaf.path for leaf in leaves]
+    near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3) or paths[:3]
+    return f"there are {len(paths)} leaves, such as {', '.join(near)}"
+
+
+def _check_order(order: str | None) -> None:
+    if order not in (None, "output-major", "stored"):
+        raise BTCPolicyError(f"order is {order!r}; it can be 'output-major', 'stored' or None")

@@ -1,0 +1,187 @@
+"""`BTCTensor`: the pytree node that replaces a leaf, and that models can use as if it were the array."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core.meta import AxisMetadata
+from jax.core import Tracer
+
+from btc_jax import coding
+from btc_jax._typing import Array, ArrayLike, Order
+from btc_jax.codecs import Codec
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("planes", "header"),
+    meta_fields=("shape", "dtype", "codec", "order"),
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BTCTensor(AxisMetadata):
+    """A packed leaf: the codes of its blocks in bit planes, and a header for each block.
+
+    It decodes itself wherever an array is asked for: in Linen (which unboxes it), in NNX (which indexes it), in `jnp`
+    functions and in arithmetic. Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put`
+    and the like; everything else is static.
+
+    Attributes:
+        planes: the packed codes, most significant bits first; see `btc_jax.planes`.
+        header: what each block stores besides its codes, by name; see the codec.
+        shape: shape of the leaf.
+        dtype: dtype of the leaf, and of what `dequantize` returns.
+        codec: the codec that wrote it.
+        order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
+
+    Raises:
+        TypeError: when a `jax.tree` function changed the arrays inside, as `zeros_like` in an optimizer's `init` or a
+            cast of all leaves does. Packed weights can be decoded, moved and saved, but not calculated with.
+
+    Example:
+        >>> import btc_jax, jax.numpy as jnp
+        >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
+        >>> q
+        BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, codec=Uniform(block_size=64, ...), order='output-major')
+        >>> q.nbytes, q.dequantize().shape
+        (4360, (64, 64))
+    """
+
+    planes: tuple[Array, ...]
+    header: dict[str, Array]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    codec: Codec
+    order: Order
+
+    def __post_init__(self):
+        _refuse_changed_arrays(self)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the short last one included."""
+        return -(-self.size // self.codec.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored: planes and header."""
+        arrays = jax.tree.leaves((self.planes, self.header))
+        return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+
+    @property
+    def widths(self) -> Array:
+        """Bits per weight of each block, `u8[blocks]`."""
+        return self.codec.unpack_header(self.header, self.num_blocks)[0]
+
+    def dequantize(self, dtype: Any = None) -> Array:
+        """The weights as an array of `shape`, in `dtype` or the leaf's own."""
+        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        return coding.unpack(self.planes, self.header, self.codec, self.shape, dtype, self.order)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.dequantize()[index]
+
+    def __len__(self) -> int:
+        return len(self.dequantize())
+
+    def __jax_array__(self) -> Array:
+        return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.dequantize(), dtype=dtype)
+
+    @property
+    def T(self) -> Array:
+        return self.dequantize().T
+
+    def __repr__(self) -> str:
+        bits = 8 * self.nbytes / max(self.size, 1)
+        return (
+            f"BTCTensor(shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits:.2f}, "
+            f"codec={self.codec!r}, order={self.order!r})"
+        )
+
+    # Flax Linen unboxes every parameter that is an AxisMetadata, before it looks at its shape.
+
+    def unbox(self) -> Array:
+        return self.dequantize()
+
+    def replace_boxed(self, val: Any) -> Any:
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        raise TypeError(f"{self!r} cannot be stacked by nn.scan or nn.vmap; decode the tree with btc_dequantize first")
+
+    remove_axis = add_axis
+
+
+def quantize_leaf(leaf: ArrayLike, codec: Codec, order: Order = "output-major", path: str = "leaf") -> BTCTensor:
+    """Packs one floating array.
+
+    Args:
+        leaf: weights of any shape and floating dtype.
+        codec: how the blocks are coded.
+        order: how the weights run through the blocks.
+        path: what error messages call the leaf.
+
+    Raises:
+        ValueError: weights are NaN, infinite, or too large for the header.
+    """
+    leaf = jnp.asarray(leaf)
+    planes, header = coding.pack(leaf, codec, order, path)
+    return BTCTensor(planes, header, leaf.shape, leaf.dtype, codec, order)
+
+
+def is_packed(x: Any) -> bool:
+    """Whether `x` is a `BTCTensor`; the `is_leaf` of functions over trees that hold some."""
+    return isinstance(x, BTCTensor)
+
+
+def _refuse_changed_arrays(tensor: BTCTensor) -> None:
+    """Raises if the arrays are not packed weights. JAX also builds nodes of other things, such as masks: those pass."""
+    for plane in tensor.planes:
+        if isinstance(plane, jax.Array | np.ndarray) and not jnp.issubdtype(plane.dtype, jnp.unsignedinteger):
+            raise TypeError(
+                f"the packed codes of a leaf of shape {tensor.shape} became {plane.dtype}. Packed weights cannot be "
+                "cast or differentiated; decode the tree with btc_dequantize first"
+            )
+    if _starts_with_zero(tensor.header.get(tensor.codec.witness)):
+        raise TypeError(
+            f"the header of a packed leaf of shape {tensor.shape} became zeros, as an optimizer's init makes them. "
+            "Packed weights cannot be trained; decode the tree with btc_dequantize first, or train other leaves "
+            "(optax.masked)"
+        )
+
+
+def _starts_with_zero(array: Any) -> bool:
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+        return False
+    if array.size == 0 or array.is_deleted() or not array.is_fully_addressable:
+        return False
+    return not any(np.asarray(array).reshape(-1)[:1].tobytes())
+
+
+def _decoded_operator(name: str) -> Any:
+    def operator(self: BTCTensor, *args: Any) -> Any:
+        return getattr(self.dequantize(), name)(*args)
+
+    return operator
+
+
+# A user's own layer calculates with its parameters: `x @ self.w`, `self.w.T`.
+for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
+    setattr(BTCTensor, f"__{_name}__", _decoded_operator(f"__{_name}__"))
+    setattr(BTCTensor, f"__r{_name}__", _decoded_operator(f"__r{_name}__"))
+for _name in ("__neg__", "__pos__", "__abs__", "astype", "reshape", "transpose", "ravel", "sum", "mean"):
+    setattr(BTCTensor, _name, _decoded_operator(_name))
