@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from btc_jax._typing import Array, Float, Order, PyTree
+from btc_jax._typing import Array, ArrayLike, Float, Order, PyTree
 from btc_jax.blocks import join, split
 from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tree_metrics
 from btc_jax.policy import Policy
-from btc_jax.tree import decide
+from btc_jax.tree import decide, refuse_nothing_to_do, refuse_without_values
 
 Blocks = Float[Array, "blocks size"]
 
@@ -74,6 +74,11 @@ def absmax4(group_size: int = 32) -> Baseline:
 def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None = None) -> tuple[PyTree, TreeMetrics]:
     """Quantizes and decodes the leaves that `policy` takes (its codec is not used).
 
+    Raises:
+        BTCPolicyError: a rule fits no leaf, or no leaf is taken.
+        ValueError: weights are NaN, infinite, or too large for the header; the message names the leaf.
+        TypeError: a leaf has no values.
+
     Returns:
         The tree with dense, quantized weights, and its figures. What is counted is what a packed form would take.
 
@@ -84,6 +89,8 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
         4.5
     """
     leaves, decisions, treedef = decide(params, policy or Policy())
+    refuse_without_values(leaves, decisions)
+    refuse_nothing_to_do(leaves, decisions)
     decoded, rows = [], []
     for leaf, decision in zip(leaves, decisions, strict=True):
         storage = None
@@ -91,10 +98,20 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
         if decision.codec is not None:
             group = _group(leaf.shape, baseline.group_size, decision.order)
             result = _reconstruct(leaf, baseline, group, decision.order)
+            _refuse_not_finite(decision.path, leaf, result, baseline)
             storage = _storage(leaf.size, baseline, group)
         decoded.append(result)
         rows.append(measure_leaf(decision.path, leaf, result, storage, decision.reason))
     return treedef.unflatten(decoded), tree_metrics(rows)
+
+
+def _refuse_not_finite(path: str, leaf: ArrayLike, result: Array, baseline: Baseline) -> None:
+    leaf = jnp.asarray(leaf)
+    if not_finite := int(jnp.sum(~jnp.isfinite(leaf))):
+        raise ValueError(f"{path}: {not_finite} of {leaf.size} weights are NaN or infinite")
+    if not jnp.isfinite(result).all():
+        largest = float(jnp.abs(leaf.astype(jnp.float32)).max())
+        raise ValueError(f"{path}: weights as large as {largest:g} do not fit the header of {baseline.name}")
 
 
 def _group(shape: tuple[int, ...], group_size: int, order: Order) -> int:

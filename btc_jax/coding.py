@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from btc_jax._typing import Array, ArrayLike, Float, Order
+from btc_jax._xla import apart
 from btc_jax.blocks import join, split
-from btc_jax.codecs import Codec, Coded
-from btc_jax.planes import compact, pack_plane, plane_specs, row_nbytes, unpack_planes
+from btc_jax.codecs import Codec
+from btc_jax.planes import compact, expand, pack_planes, plane_specs, row_layout, unpack_planes
 
 Planes = tuple[Array, ...]
 Header = dict[str, Array]
@@ -32,8 +33,8 @@ def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tup
     if not finite:
         raise ValueError(f"{path}: {_what_does_not_fit(leaf, codec)}")
     planes = [
-        _compact(all_rows, widths, spec.end, kept) if kept < widths.size else all_rows
-        for all_rows, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
+        _compact(plane, widths, spec.end, kept) if kept < widths.size else plane
+        for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
     ]
     return tuple(planes), header
 
@@ -53,7 +54,7 @@ def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order) -> Float[
 def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
     """Bytes that `size` weights take if `counts[i]` of their blocks are `codec.widths[i]` bits wide."""
     rows = zip(_kept_rows(codec, counts), plane_specs(codec.widths), strict=True)
-    planes = sum(kept * row_nbytes(codec.block_size, spec.bits) for kept, spec in rows)
+    planes = sum(kept * row_layout(codec.block_size, spec.bits).nbytes for kept, spec in rows)
     return planes + header_nbytes(codec, -(-size // codec.block_size))
 
 
@@ -82,10 +83,9 @@ def _encode(leaf: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Hea
     parts = [codec.encode(part) for part in _parts(leaf, codec, order)]
     widths = jnp.concatenate([part.widths for part in parts])
     header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
-    rows = tuple(
-        jnp.concatenate([pack_plane(_filled_up(part.codes, codec), part.widths, spec) for part in parts])
-        for spec in plane_specs(codec.widths)
-    )
+    specs = plane_specs(codec.widths)
+    rows = [pack_planes(_filled_up(part.codes, codec), part.widths, specs) for part in parts]
+    rows = tuple(jnp.concatenate(plane) for plane in zip(*rows, strict=True))
     floating = [array for array in header.values() if jnp.issubdtype(array.dtype, jnp.floating)]
     finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in floating]))
     return rows, widths, codec.pack_header(widths, header), finite, _histogram(widths, codec)
@@ -98,9 +98,19 @@ _compact = jax.jit(compact, static_argnums=(2, 3))
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order, planes: Planes, header: Header) -> Array:
     blocks = -(-math.prod(shape) // codec.block_size)
+    if blocks == 0:
+        return jnp.zeros(shape, dtype)
     widths, per_block = codec.unpack_header(header, blocks)
-    codes = unpack_planes(planes, plane_specs(codec.widths), widths, codec.block_size)
-    return join(codec.decode(Coded(widths, codes, per_block)), shape, order).astype(dtype)
+    used = [(plane, spec) for plane, spec in zip(planes, plane_specs(codec.widths), strict=True) if plane.shape[0]]
+    specs = [spec for _, spec in used]
+    rows = [expand(plane, widths, spec.end) for plane, spec in used]
+
+    def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
+        codes = unpack_planes(rows, specs, widths, codec.block_size)
+        return codec.decode(codes, grid).astype(dtype)
+
+    decoded = apart(decode, rows, widths, codec.grid(widths, per_block))
+    return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, order)
 
 
 @_decode.defjvp
@@ -114,7 +124,7 @@ def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _reconstruct(codec: Codec, order: Order, leaf: Array) -> Array:
     coded = [codec.encode(part) for part in _parts(leaf, codec, order)]
-    blocks = [_filled_up(codec.decode(part), codec) for part in coded]
+    blocks = [_filled_up(codec.decode(c.codes, codec.grid(c.widths, c.header)), codec) for c in coded]
     return join(jnp.concatenate(blocks), leaf.shape, order).astype(leaf.dtype)
 
 

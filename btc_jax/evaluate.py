@@ -60,13 +60,7 @@ def btc_logits(
         raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
     run = jax.jit(apply)
     starts = range(0, examples, batch)
-    outputs = [
-        np.asarray(run(params, _batch(inputs, i, batch)), np.float32) for i in tracked(starts, "evaluating", progress)
-    ]
-    if outputs[0].ndim != 2 or len(outputs[0]) != batch:
-        raise ValueError(
-            f"apply returned shape {outputs[0].shape} for {batch} examples; it must return [batch, classes]"
-        )
+    outputs = [_logits(run(params, _batch(inputs, i, batch)), batch) for i in tracked(starts, "evaluating", progress)]
     return np.concatenate(outputs)[:examples]
 
 
@@ -90,10 +84,10 @@ def btc_evaluate(
         top_k: the `k` of the top-k accuracy.
 
     Returns:
-        The figures; all are NaN if a logit is.
+        The figures; all are NaN if a logit is NaN or infinite. A class masked with -inf counts for nothing.
 
     Raises:
-        ValueError: labels or reference do not fit the inputs or the classes.
+        ValueError: labels or reference do not fit the inputs or the classes, or `top_k` is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -110,29 +104,56 @@ def btc_evaluate(
 def evaluate_logits(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None, top_k: int) -> Evaluation:
     """The figures of logits `[examples, classes]`; see `btc_evaluate`."""
     _check_fit(logits, labels, reference)
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
     k = min(top_k, logits.shape[1])
-    if np.isnan(logits).any():
+    if not _is_distribution(logits):
         nan = float("nan")
         return Evaluation(len(logits), nan, nan, k, nan, *([nan, nan] if reference is not None else []))
+    rows = np.arange(len(labels))
+    larger = np.sum(logits > logits[rows, labels][:, None], axis=1)
     logp = _log_softmax(logits)
-    best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    compared = ()
-    if reference is not None:
-        logq = _log_softmax(reference)
-        agreement = np.mean(reference.argmax(1) == logits.argmax(1))
-        compared = (float(agreement), float(np.mean(np.sum(np.exp(logq) * (logq - logp), axis=1))))
     return Evaluation(
         len(logits),
         float(np.mean(logits.argmax(1) == labels)),
-        float(np.mean((best == labels[:, None]).any(1))),
+        float(np.mean(larger < k)),
         k,
-        float(-np.mean(logp[np.arange(len(labels)), labels])),
-        *compared,
+        float(-np.mean(logp[rows, labels])),
+        *(() if reference is None else _compared(reference, logits)),
     )
 
 
+def _compared(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Agreement, and mean divergence from the reference's distribution. A class without probability adds nothing."""
+    if not _is_distribution(reference):
+        return float("nan"), float("nan")
+    logp, logq = _log_softmax(logits), _log_softmax(reference)
+    ratio = np.subtract(logq, logp, out=np.zeros_like(logq), where=np.isfinite(logq))
+    agreement = np.mean(reference.argmax(1) == logits.argmax(1))
+    return float(agreement), float(np.mean(np.sum(np.exp(logq) * ratio, axis=1)))
+
+
+def _is_distribution(logits: np.ndarray) -> bool:
+    """Whether every row has a softmax: no NaN, no infinity but -inf, and not only that."""
+    return bool(np.isfinite(logits.max(axis=1)).all())
+
+
+def _logits(output: Any, batch: int) -> np.ndarray:
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != batch:
+        what = type(output).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(f"apply returned {what} for {batch} examples; it must return [batch, classes]")
+    return np.asarray(output, np.float32)
+
+
 def _count(inputs: PyTree) -> int:
-    counts = {len(x) for x in jax.tree.leaves(inputs)}
+    shapes = {np.shape(x) for x in jax.tree.leaves(inputs)}
+    if not shapes or () in shapes:
+        raise ValueError(
+            "inputs hold no array, or a plain number; pass an array, or a pytree of them, with examples along the "
+            "first axis"
+        )
+    counts = {shape[0] for shape in shapes}
     if len(counts) != 1:
         raise ValueError(f"inputs hold arrays of {sorted(counts)} examples; all need the same first axis")
     return counts.pop()

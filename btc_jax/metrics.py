@@ -17,7 +17,7 @@ import numpy as np
 from btc_jax._typing import Array, PyTree
 from btc_jax.codecs import Codec
 from btc_jax.plan import leaf_nbytes
-from btc_jax.policy import BTCPolicyError, Policy
+from btc_jax.policy import BTCPolicyError, Decision, Policy
 from btc_jax.tensor import BTCTensor, is_packed
 from btc_jax.tree import decide, flatten, one_policy
 
@@ -154,12 +154,12 @@ def btc_metrics(
     """
     before, after = dict_of(params), dict_of(quantized)
     check_same_paths(before, after)
-    reasons = _reasons(params, one_policy(codec, policy))
+    decisions = _decisions(params, one_policy(codec, policy))
     rows = []
     for path, leaf in after.items():
         storage = storage_of(leaf) if is_packed(leaf) and not is_packed(before[path]) else None
-        decoded = leaf.dequantize(jnp.float32) if storage else leaf
-        rows.append(measure_leaf(path, before[path], decoded, storage, reasons[path]))
+        decoded = leaf.dequantize() if storage else leaf
+        rows.append(measure_leaf(path, before[path], decoded, storage, _reason(decisions[path], storage)))
     return tree_metrics(rows)
 
 
@@ -175,8 +175,8 @@ def measure_leaf(path: str, original: Any, decoded: Any, storage: Storage | None
     """
     shape, before = tuple(getattr(original, "shape", ())), leaf_nbytes(original)
     dtype = str(getattr(original, "dtype", type(original).__name__))
-    if shape != tuple(getattr(decoded, "shape", ())):
-        raise ValueError(f"{path} has shape {shape} in one tree and {decoded.shape} in the other")
+    if shape != (other := tuple(getattr(decoded, "shape", ()))):
+        raise ValueError(f"{path} has shape {shape} in one tree and {other} in the other")
     if storage is None:
         return LeafMetrics(path, shape, dtype, reason, before, before, None), Storage(), Error()
     error = error_of(original, decoded)
@@ -234,12 +234,19 @@ def dict_of(tree: PyTree) -> dict[str, Any]:
 
 def check_same_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     if odd := sorted(before.keys() ^ after.keys()):
-        raise ValueError(f"the trees differ: {odd[0]!r} and {len(odd) - 1} other leaves are in only one of them")
+        raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in all)")
 
 
-def _reasons(params: PyTree, policy: Policy) -> dict[str, str]:
+def _reason(decision: Decision, storage: Storage | None) -> str:
+    """The reason of the policy, unless the leaf was packed with another."""
+    if (decision.codec is None) == (storage is None):
+        return decision.reason
+    return "left dense" if storage is None else "packed"
+
+
+def _decisions(params: PyTree, policy: Policy) -> dict[str, Decision]:
     try:
-        return {decision.path: decision.reason for decision in decide(params, policy)[1]}
+        return {decision.path: decision for decision in decide(params, policy)[1]}
     except BTCPolicyError as error:
         raise BTCPolicyError(f"{error}. Metrics need the policy that the tree was quantized with") from error
 

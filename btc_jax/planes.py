@@ -5,14 +5,18 @@ the first plane, one row a block, in block order. Where a block's row lies in a 
 have one, a prefix sum over the widths; it is never stored. With the paper's widths 4 and 8 the first plane is a plain
 4-bit matrix that every block is in, and the second corrects the wide ones: `q = 16 * first + second`.
 
-A row is an array of words, uint32 if its bits fill them, else uint16, else uint8. With `J` words a row, word `j` holds
-the codes `j, j + J, j + 2 * J, ...`, the first in its lowest bits.
+A row is an array of words, uint32 if its bits fill them, else uint16, else uint8. Its `W` words are cut into runs of
+`J = gcd(W, 8)` words. A run holds consecutive codes, and its word `j` holds the run's codes `j, j + J, j + 2 * J, ...`,
+the first in its lowest bits. (Up to 8 words side by side decode as vectors of 8 floats.)
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from btc_jax._typing import Array, UInt, UInt8
 
@@ -47,66 +51,106 @@ def plane_specs(widths: tuple[int, ...]) -> tuple[PlaneSpec, ...]:
     return tuple(specs)
 
 
-def row_nbytes(block_size: int, bits: int) -> int:
-    """Bytes of one row of a plane."""
-    return -(-block_size * bits // 8)
+class RowLayout(NamedTuple):
+    """How a row of a plane is laid out: `runs` of `words` words, each word with `lanes` codes of `bits` bits."""
+
+    runs: int
+    lanes: int
+    words: int
+    bits: int
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.runs * self.words * self.dtype.itemsize
 
 
-def word_dtype(block_size: int, bits: int) -> np.dtype:
-    """The widest unsigned type that a row fills: uint32, uint16 or uint8."""
-    nbytes = row_nbytes(block_size, bits)
-    return np.dtype(next(f"uint{8 * size}" for size in (4, 2, 1) if nbytes % size == 0))
+def row_layout(block_size: int, bits: int) -> RowLayout:
+    """The layout of rows of `block_size` codes.
+
+    Example:
+        >>> row_layout(128, 4)
+        RowLayout(runs=2, lanes=8, words=8, bits=4, dtype=dtype('uint32'))
+    """
+    nbytes = -(-block_size * bits // 8)
+    word = math.gcd(nbytes, 4)
+    run = math.gcd(nbytes // word, 8)
+    return RowLayout(nbytes // word // run, 8 * word // bits, run, bits, np.dtype(f"uint{8 * word}"))
 
 
-def pack_rows(codes: UInt8[Array, "blocks size"], bits: int) -> UInt[Array, "blocks words"]:
-    """Packs codes below `2 ** bits` into rows of words."""
-    dtype = word_dtype(codes.shape[1], bits)
-    per_word = 8 * dtype.itemsize // bits
-    words = -(-codes.shape[1] // per_word)
-    codes = jnp.pad(codes, ((0, 0), (0, words * per_word - codes.shape[1])))
-    lanes = codes.astype(dtype).reshape(-1, per_word, words)
-    packed = lanes[:, 0]
-    for lane in range(1, per_word):
-        packed |= lanes[:, lane] << (bits * lane)
-    return packed
+def pack_rows(fields: Sequence[UInt[Array, "blocks size"]], bits: int) -> list[UInt[Array, "blocks row"]]:
+    """Packs the lowest `bits` bits of each code of several matrices of the same shape, each into a matrix of words."""
+    blocks, size = fields[0].shape
+    layout = row_layout(size, bits)
+    shape = (blocks, layout.runs, layout.lanes, layout.words)
+    shifts = lax.broadcasted_iota(jnp.uint32, shape, 2) * bits
+
+    def place(field: Array) -> Array:
+        field = jnp.pad(field, ((0, 0), (0, math.prod(shape[1:]) - size))).reshape(shape)
+        return (field.astype(jnp.uint32) & (2**bits - 1)) << shifts
+
+    # One reduction with many results: the codes are computed once, and their matrix is never in memory.
+    zeros = (jnp.uint32(0),) * len(fields)
+    packed = lax.reduce(
+        tuple(map(place, fields)), zeros, lambda a, b: tuple(x | y for x, y in zip(a, b, strict=True)), (2,)
+    )
+    return [words.reshape(blocks, layout.runs * layout.words).astype(layout.dtype) for words in packed]
 
 
-def unpack_rows(packed: UInt[Array, "blocks words"], bits: int, block_size: int) -> UInt8[Array, "blocks size"]:
-    """Inverse of `pack_rows`."""
-    per_word = 8 * packed.dtype.itemsize // bits
-    shifts = jnp.arange(per_word, dtype=packed.dtype) * jnp.array(bits, packed.dtype)
-    lanes = (packed[:, None, :] >> shifts[None, :, None]) & jnp.array(2**bits - 1, packed.dtype)
-    return lanes.astype(jnp.uint8).reshape(packed.shape[0], -1)[:, :block_size]
+def unpack_rows(
+    packed: UInt[Array, "blocks row"], bits: int, block_size: int
+) -> UInt[Array, "blocks runs lanes words"]:
+    """The codes of each row in order, in the shape of the row's layout; those past `block_size` are padding."""
+    layout = row_layout(block_size, bits)
+    shape = (packed.shape[0], layout.runs, layout.lanes, layout.words)
+    shifts = lax.broadcasted_iota(packed.dtype, shape, 2) * bits
+    lanes = packed.reshape(packed.shape[0], layout.runs, 1, layout.words) >> shifts
+    return lanes.astype(jnp.uint32) & (2**bits - 1)
 
 
-def pack_plane(codes: UInt8[Array, "blocks size"], widths: UInt8[Array, " blocks"], spec: PlaneSpec) -> Array:
-    """The rows of all blocks in one plane; those of blocks that are too narrow hold nothing of use."""
-    below = jnp.maximum(widths, spec.end) - spec.end
-    return pack_rows((codes >> below[:, None]) & (2**spec.bits - 1), spec.bits)
+def pack_planes(
+    codes: UInt[Array, "blocks size"], widths: UInt8[Array, " blocks"], specs: Sequence[PlaneSpec]
+) -> tuple[UInt[Array, "_ _"], ...]:
+    """The rows of all blocks in all planes; those of blocks too narrow for a plane hold nothing of use."""
+    if not specs:
+        return ()
+    top = specs[-1].end
+    aligned = codes.astype(jnp.uint32) << (top - widths.astype(jnp.uint32))[:, None]
+    rows: dict[PlaneSpec, Array] = {}
+    for bits in {spec.bits for spec in specs}:
+        alike = [spec for spec in specs if spec.bits == bits]
+        rows |= zip(alike, pack_rows([aligned >> (top - spec.end) for spec in alike], bits), strict=True)
+    return tuple(rows[spec] for spec in specs)
 
 
 def compact(rows: UInt[Array, "blocks words"], widths: UInt8[Array, " blocks"], end: int, count: int) -> Array:
     """The rows of the `count` blocks that are at least `end` bits wide."""
-    return rows[jnp.nonzero(widths >= end, size=count)[0]]
+    return rows.at[jnp.nonzero(widths >= end, size=count)[0]].get(mode="promise_in_bounds")
+
+
+def expand(plane: UInt[Array, "rows words"], widths: UInt8[Array, " blocks"], end: int) -> UInt[Array, "blocks words"]:
+    """A row for every block; one that has none in the plane gets the row of another."""
+    if plane.shape[0] == widths.size:
+        return plane
+    present = widths >= end
+    rank = jnp.cumsum(present, dtype=jnp.int32) - present.astype(jnp.int32)
+    return plane.at[rank].get(mode="clip")
 
 
 def unpack_planes(
-    planes: tuple[UInt[Array, "_ _"], ...],
-    specs: tuple[PlaneSpec, ...],
-    widths: UInt8[Array, " blocks"],
-    block_size: int,
-) -> UInt8[Array, "blocks size"]:
-    """The codes of all blocks; inverse of packing and compacting each plane of `specs`."""
-    codes = jnp.zeros((widths.size, block_size), jnp.uint8)
-    for plane, spec in zip(planes, specs, strict=True):
-        if plane.shape[0]:
-            rows = plane if plane.shape[0] == widths.size else _expand(plane, widths >= spec.end)
-            below = jnp.maximum(widths, spec.end) - spec.end
-            codes |= unpack_rows(rows, spec.bits, block_size) << below[:, None]
-    return codes
+    rows: Sequence[UInt[Array, "_ _"]], specs: Sequence[PlaneSpec], widths: UInt8[Array, " blocks"], block_size: int
+) -> UInt[Array, "blocks ..."]:
+    """The codes of all blocks from expanded planes, each block in the shape of a row's layout or flat.
 
-
-def _expand(plane: UInt[Array, "rows words"], present: Array) -> UInt[Array, "blocks words"]:
-    """The plane with a row of zeros for every block that has none. Whole words are gathered: far faster than bytes."""
-    rank = jnp.maximum(jnp.cumsum(present, dtype=jnp.int32) - 1, 0)
-    return jnp.where(present[:, None], plane[rank], jnp.zeros((), plane.dtype))
+    A code is shifted down to the width of its block, so the rows of others that `expand` put in fall out.
+    """
+    if not specs:
+        return jnp.zeros((widths.size, block_size), jnp.uint32)
+    fields = [unpack_rows(plane, spec.bits, block_size) for plane, spec in zip(rows, specs, strict=True)]
+    if len({spec.bits for spec in specs}) > 1:
+        fields = [field.reshape(field.shape[0], -1)[:, :block_size] for field in fields]
+    codes = fields[0]
+    for field, spec in zip(fields[1:], specs[1:], strict=True):
+        codes = codes << spec.bits | field
+    spare = specs[-1].end - widths.astype(jnp.uint32)
+    return codes >> spare.reshape(-1, *[1] * (codes.ndim - 1))

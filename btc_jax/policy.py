@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +32,7 @@ class Rule:
         regular
             expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
         codec: how matching leaves are coded; `None` leaves them dense.
-        order: how their weights run through the blocks; `None` is `"stored"` for leaves named `embedding` and
-            `"output-major"` for all others.
+        order: how their weights run through the blocks; `None` leaves it to the policy.
 
     Raises:
         BTCPolicyError: the regular expression is malformed, or an argument is of the wrong kind.
@@ -43,6 +43,8 @@ class Rule:
     order: Order | None = None
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise BTCPolicyError(f"pattern is {self.pattern!r}; it must be a string, such as '*/kernel'")
         if not isinstance(self.codec, Codec | None):
             raise BTCPolicyError(f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec or None")
         _check_order(self.order)
@@ -70,7 +72,7 @@ class LeafSpec:
 
     path: str
     shape: tuple[int, ...]
-    dtype: np.dtype | None
+    dtype: Any
     note: str = ""
 
     @property
@@ -102,7 +104,8 @@ class Policy:
         names: globs for the names (last keys) that the default takes; `("*",)` takes any.
         min_axes: fewest axes that the default takes.
         min_size: fewest weights that the default takes.
-        order: order of leaves taken by default; `None` is `"stored"` for `embedding`, else `"output-major"`.
+        order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for leaves
+            named `embedding`, `"output-major"` for all others.
 
     Example:
         >>> policy = Policy(Uniform(block_size=32), rules=(Rule("*/head/*", None),))
@@ -119,6 +122,8 @@ class Policy:
     order: Order | None = None
 
     def __post_init__(self):
+        if isinstance(self.rules, Rule):
+            raise BTCPolicyError("rules is a single Rule; put it into a tuple: rules=(rule,)")
         object.__setattr__(self, "rules", tuple(self.rules))
         object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
         if not isinstance(self.codec, Codec):
@@ -148,12 +153,12 @@ class Policy:
         obstacle = leaf.note or _not_floating(leaf)
         if number and rule.codec and obstacle and not leaf.note:
             raise BTCPolicyError(
-                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {leaf.dtype}, not floating; "
+                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}; "
                 f"narrow the pattern, or put Rule({leaf.path!r}, None) before it"
             )
         if not number:
             obstacle = obstacle or self._not_by_default(leaf)
-        order: Order = rule.order or ("stored" if leaf.name == "embedding" else "output-major")
+        order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
         reason = obstacle or (f"rule {number}" if number else "default")
         return Decision(leaf.path, None if obstacle else rule.codec, order, reason)
 
@@ -167,7 +172,7 @@ class Policy:
         if collection in _STATE_COLLECTIONS:
             return collection
         if not any(fnmatchcase(leaf.name, name) for name in self.names):
-            return leaf.name or "unnamed"
+            return "unnamed" if leaf.name.isdigit() else leaf.name or "unnamed"
         if len(leaf.shape) < self.min_axes:
             return f"fewer than {self.min_axes} axes"
         return "too small" if np.prod(leaf.shape, dtype=np.int64) < self.min_size else ""
@@ -186,13 +191,17 @@ def _not_floating(leaf: LeafSpec) -> str:
         return "not an array"
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return ""
-    return (
-        _KINDS.get(np.dtype(leaf.dtype).kind, "not floating") if isinstance(leaf.dtype, np.dtype) else str(leaf.dtype)
-    )
+    return _KINDS.get(getattr(leaf.dtype, "kind", ""), str(leaf.dtype))
+
+
+def _kind(leaf: LeafSpec) -> str:
+    return "not an array" if leaf.dtype is None else f"{leaf.dtype}, not floating"
 
 
 def _nearest(rule: Rule, leaves: Sequence[LeafSpec]) -> str:
     paths = [leaf.path for leaf in leaves]
+    if not paths:
+        return "the tree is empty"
     near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3) or paths[:3]
     return f"there are {len(paths)} leaves, such as {', '.join(near)}"
 

@@ -3,10 +3,11 @@
 import dataclasses
 import enum
 import math
-import operator
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax
 
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
@@ -114,10 +115,16 @@ class _Limits:
 
     def broken(self, rmse: float, drop: float | None) -> str:
         if self.max_rmse is not None and rmse > self.max_rmse:
-            return f"rmse {rmse:.3g} > {self.max_rmse:g}"
+            return f"rmse {_above(rmse, self.max_rmse, '.3g')}"
         if self.max_drop is not None and drop is not None and drop > self.max_drop:
-            return f"accuracy drop {drop:.2f} > {self.max_drop:g} points"
+            return f"accuracy drop {_above(drop, self.max_drop, '.2f')} points"
         return ""
+
+
+def _above(value: float, limit: float, form: str) -> str:
+    """`value > limit`, with as many digits as it takes to see it."""
+    form = next((f for f in (form, ".6g", ".9g") if float(format(value, f)) > limit), ".17g")
+    return f"{value:{form}} > {limit:g}"
 
 
 def btc_search(
@@ -161,13 +168,11 @@ def btc_search(
     """
     limits = _Limits(max_rmse, max_drop)
     policy = one_policy(codec, policy)
-    sizes = sorted({operator.index(size) for size in block_sizes})
-    if not sizes:
-        raise ValueError("block_sizes is empty; give at least one")
+    policies = _policies(policy, block_sizes)
     baseline, trouble = _accuracy(evaluate, params)
     trials, tree = [], None
-    for size in tracked([] if trouble else sizes, "searching block sizes", progress):
-        trial, packed, trouble = _try(params, _with_block_size(policy, size), evaluate, baseline, limits)
+    for one in tracked([] if trouble else policies, "searching block sizes", progress):
+        trial, packed, trouble = _try(params, one, evaluate, baseline, limits)
         trials.append(trial)
         if trial.broke:
             break
@@ -178,8 +183,13 @@ def btc_search(
     return SearchResult(status, message, best, tree, tuple(trials), baseline)
 
 
-def _with_block_size(policy: Policy, size: int) -> Policy:
-    return dataclasses.replace(policy, codec=dataclasses.replace(policy.codec, block_size=size))  # pyright: ignore
+def _policies(policy: Policy, block_sizes: Iterable[int]) -> list[Policy]:
+    """The policy with each block size once, in increasing order. A bad size is refused by the codec, here."""
+    codecs = [dataclasses.replace(policy.codec, block_size=size) for size in block_sizes]  # pyright: ignore
+    by_size = {codec.block_size: dataclasses.replace(policy, codec=codec) for codec in codecs}
+    if not by_size:
+        raise ValueError("block_sizes is empty; give at least one")
+    return [by_size[size] for size in sorted(by_size)]
 
 
 def _try(
@@ -190,7 +200,8 @@ def _try(
     tree = btc_quantize(params, policy=policy)
     metrics = btc_metrics(params, tree, policy=policy)
     accuracy, trouble = _accuracy(evaluate, tree)
-    drop = None if accuracy is None or baseline is None else 100 * (baseline - accuracy)
+    # Rounded, or 0.92 - 0.90 were more than 2 points.
+    drop = None if accuracy is None or baseline is None else round(100 * (baseline - accuracy), 9)
     broke = trouble or limits.broken(metrics.total.rmse, drop)
     return Trial(policy.codec, metrics, accuracy, drop, time.perf_counter() - start, broke), tree, trouble
 
@@ -200,11 +211,15 @@ def _accuracy(evaluate: Evaluate | None, tree: PyTree) -> tuple[float | None, st
     if evaluate is None:
         return None, ""
     try:
-        accuracy = float(evaluate(tree))
+        answer = jax.block_until_ready(evaluate(tree))
     except Exception as error:
         return None, f"evaluate raised {type(error).__name__}: {error}"
-    if not math.isfinite(accuracy) or not 0 <= accuracy <= 1:
-        return None, f"evaluate returned {accuracy:g}; it must return an accuracy from 0 to 1"
+    try:
+        accuracy = float(answer)
+    except (TypeError, ValueError):
+        accuracy = math.nan
+    if not 0 <= accuracy <= 1:
+        return None, f"evaluate returned {answer!r:.80}; it must return an accuracy from 0 to 1"
     return accuracy, ""
 
 

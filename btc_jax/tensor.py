@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core.meta import AxisMetadata
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax import coding
 from btc_jax._typing import Array, ArrayLike, Order
@@ -50,8 +51,9 @@ class BTCTensor(AxisMetadata):
         (4360, (64, 64))
     """
 
-    planes: tuple[Array, ...]
-    header: dict[str, Array]
+    # Arrays; but JAX also builds nodes of whatever a function of leaves returned, or of what stands for many leaves.
+    planes: Any
+    header: Any
     shape: tuple[int, ...]
     dtype: np.dtype
     codec: Codec
@@ -127,7 +129,7 @@ class BTCTensor(AxisMetadata):
 
 
 def quantize_leaf(leaf: ArrayLike, codec: Codec, order: Order = "output-major", path: str = "leaf") -> BTCTensor:
-    """Packs one floating array.
+    """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
 
     Args:
         leaf: weights of any shape and floating dtype.
@@ -138,9 +140,16 @@ def quantize_leaf(leaf: ArrayLike, codec: Codec, order: Order = "output-major", 
     Raises:
         ValueError: weights are NaN, infinite, or too large for the header.
     """
-    leaf = jnp.asarray(leaf)
+    leaf = _gathered(jnp.asarray(leaf))
     planes, header = coding.pack(leaf, codec, order, path)
     return BTCTensor(planes, header, leaf.shape, leaf.dtype, codec, order)
+
+
+def _gathered(leaf: Array) -> Array:
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated:
+        return jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
+    return leaf
 
 
 def is_packed(x: Any) -> bool:
@@ -150,13 +159,13 @@ def is_packed(x: Any) -> bool:
 
 def _refuse_changed_arrays(tensor: BTCTensor) -> None:
     """Raises if the arrays are not packed weights. JAX also builds nodes of other things, such as masks: those pass."""
-    for plane in tensor.planes:
+    for plane in jax.tree.leaves(tensor.planes):
         if isinstance(plane, jax.Array | np.ndarray) and not jnp.issubdtype(plane.dtype, jnp.unsignedinteger):
             raise TypeError(
                 f"the packed codes of a leaf of shape {tensor.shape} became {plane.dtype}. Packed weights cannot be "
                 "cast or differentiated; decode the tree with btc_dequantize first"
             )
-    if _starts_with_zero(tensor.header.get(tensor.codec.witness)):
+    if isinstance(tensor.header, dict) and _starts_with_zero(tensor.header.get(tensor.codec.witness)):
         raise TypeError(
             f"the header of a packed leaf of shape {tensor.shape} became zeros, as an optimizer's init makes them. "
             "Packed weights cannot be trained; decode the tree with btc_dequantize first, or train other leaves "

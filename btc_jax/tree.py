@@ -48,8 +48,8 @@ def btc_quantize(
     """
     policy = one_policy(codec, policy)
     leaves, decisions, treedef = decide(params, policy)
-    _refuse_without_values(leaves, decisions)
-    _refuse_nothing_to_do(leaves, decisions)
+    refuse_without_values(leaves, decisions)
+    refuse_nothing_to_do(leaves, decisions)
     pairs = list(zip(leaves, decisions, strict=True))
     return treedef.unflatten([_quantize(leaf, how) for leaf, how in tracked(pairs, "quantizing", progress)])
 
@@ -90,7 +90,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
         1.0
     """
     leaves, decisions, treedef = decide(params, one_policy(codec, policy))
-    _refuse_nothing_to_do(leaves, decisions)
+    refuse_nothing_to_do(leaves, decisions)
     return btc_dequantize(treedef.unflatten(map(_reconstruct, leaves, decisions)))
 
 
@@ -133,7 +133,7 @@ def _reconstruct(leaf: Any, decision: Decision) -> Any:
     return leaf if decision.codec is None else coding.reconstruct(leaf, decision.codec, decision.order)
 
 
-def _refuse_without_values(leaves: list[Any], decisions: list[Decision]) -> None:
+def refuse_without_values(leaves: list[Any], decisions: list[Decision]) -> None:
     for leaf, decision in zip(leaves, decisions, strict=True):
         if isinstance(leaf, Tracer):
             raise TypeError(
@@ -144,7 +144,7 @@ def _refuse_without_values(leaves: list[Any], decisions: list[Decision]) -> None
             raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees")
 
 
-def _refuse_nothing_to_do(leaves: list[Any], decisions: list[Decision]) -> None:
+def refuse_nothing_to_do(leaves: list[Any], decisions: list[Decision]) -> None:
     if not leaves:
         raise ValueError(
             "the tree is empty; pass the model's parameters, such as variables['params'] or nnx.state(model)"

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from btc_jax._typing import Array, Float, UInt8
+from btc_jax._typing import Array, Float, PyTree, UInt, UInt8
 
 
 class Coded(NamedTuple):
@@ -23,7 +23,7 @@ class Coded(NamedTuple):
     """
 
     widths: UInt8[Array, " blocks"]
-    codes: UInt8[Array, "blocks size"]
+    codes: UInt[Array, "blocks size"]
     header: dict[str, Array]
 
 
@@ -59,8 +59,12 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, coded: Coded) -> Float[Array, "blocks size"]:
-        """The float32 blocks that `coded` stands for; pure and jit-able."""
+    def grid(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> PyTree:
+        """What decoding needs to know of each block, from its width and header: arrays over the blocks."""
+
+    @abc.abstractmethod
+    def decode(self, codes: UInt[Array, "blocks *shape"], grid: PyTree) -> Float[Array, "blocks *shape"]:
+        """The float32 weights that codes stand for; pure, jit-able, and element by element, in any shape of a block."""
 
     @abc.abstractmethod
     def pack_header(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> dict[str, Array]:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from btc_jax._typing import Array, Bool, Float, UInt8
+from btc_jax._typing import Array, Bool, Float, UInt, UInt8
+from btc_jax._xla import divide, in_chunks
 from btc_jax.codecs.base import Codec, Coded
 
 _ROUND = 1.5 * 2**23
-"""Adding this to a float32 in 0..2^22 leaves it rounded, half to even, in the low bits of the significand."""
+"""Added to a float32 in 0..2^22, leaves it rounded, half to even, in the low bits of the significand."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +87,18 @@ class Uniform(Codec):
         return self.high_bits
 
     def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
-        wide, minimum, maximum = jax.vmap(self._statistics)(blocks)
-        # Kept apart from the codes, or XLA computes the statistics again for every weight.
-        minimum, maximum = jax.lax.optimization_barrier((minimum, maximum))
-        codes = jax.vmap(self._quantize)(blocks, wide, minimum, maximum)
-        return Coded(self._bits(wide), codes, {"minimum": minimum, "maximum": maximum})
+        wide, minimum, maximum = in_chunks(jax.vmap(self._statistics), blocks)
+        widths, header = self._bits(wide), {"minimum": minimum, "maximum": maximum}
+        # The barrier keeps XLA from computing the grid again for every weight.
+        low, step = jax.lax.optimization_barrier(self.grid(widths, header))
+        return Coded(widths, jax.vmap(_quantize)(blocks, low, step), header)
 
-    def decode(self, coded: Coded) -> Float[Array, "blocks size"]:
-        minimum, maximum = coded.header["minimum"], coded.header["maximum"]
-        return jax.vmap(self._dequantize)(coded.codes, coded.widths == self.high_bits, minimum, maximum)
+    def grid(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> tuple[Array, Array]:
+        """The lowest level and the step of each block, in float32."""
+        return jax.vmap(self._grid)(widths == self.high_bits, header["minimum"], header["maximum"])
+
+    def decode(self, codes: UInt[Array, "blocks *shape"], grid: tuple[Array, Array]) -> Float[Array, "blocks *shape"]:
+        return jax.vmap(_dequantize)(codes, *grid)
 
     def pack_header(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> dict[str, Array]:
         if len(self.widths) == 1:
@@ -109,9 +113,13 @@ class Uniform(Codec):
         return self._bits(wide.astype(bool)), header
 
     def to_json(self) -> dict[str, Any]:
-        # JSON has no infinity; float("inf") reads the string back.
+        # JSON has no infinity; from_json reads the string back.
         infinite = {"threshold": "inf"} if math.isinf(self.threshold) else {}
         return super().to_json() | infinite
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Uniform":
+        return cls(**{**fields, "threshold": float(fields.get("threshold", cls.threshold))})
 
     def _statistics(self, block: Float[Array, " size"]) -> tuple[Array, Array, Array]:
         """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
@@ -127,35 +135,25 @@ class Uniform(Codec):
         variance = jnp.mean(jnp.square(block - mean))
         return ~(jnp.sqrt(variance) < self.threshold), minimum, maximum
 
-    def _step(self, wide: Bool[Array, ""], minimum: Float[Array, ""], maximum: Float[Array, ""]) -> Array:
-        """Equation 4 of one block. The extremes are those of the header, so that encoder and decoder agree."""
+    def _grid(self, wide: Bool[Array, ""], minimum: Float[Array, ""], maximum: Float[Array, ""]) -> tuple[Array, Array]:
+        """Equation 4 of one block, between the extremes of the header, so that encoder and decoder agree."""
+        low, high = minimum.astype(jnp.float32), maximum.astype(jnp.float32)
         levels = jnp.where(wide, 2.0**self.high_bits - 1, 2.0**self.low_bits - 1)
-        return (maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) / levels
-
-    def _quantize(
-        self,
-        block: Float[Array, " size"],
-        wide: Bool[Array, ""],
-        minimum: Float[Array, ""],
-        maximum: Float[Array, ""],
-    ) -> UInt8[Array, " size"]:
-        """Equation 5, forward. A constant block has step 0 and codes 0."""
-        step = self._step(wide, minimum, maximum)
-        scaled = (block - minimum.astype(jnp.float32)) / jnp.where(step > 0, step, 1.0)
-        return jax.lax.bitcast_convert_type(scaled + _ROUND, jnp.uint32).astype(jnp.uint8)
-
-    def _dequantize(
-        self,
-        codes: UInt8[Array, " size"],
-        wide: Bool[Array, ""],
-        minimum: Float[Array, ""],
-        maximum: Float[Array, ""],
-    ) -> Float[Array, " size"]:
-        """Equation 5, backward."""
-        return minimum.astype(jnp.float32) + codes.astype(jnp.float32) * self._step(wide, minimum, maximum)
+        return low, divide(high - low, levels)
 
     def _bits(self, wide: Bool[Array, " blocks"]) -> UInt8[Array, " blocks"]:
         return jnp.where(wide, jnp.uint8(self.high_bits), jnp.uint8(self.low_bits))
+
+
+def _quantize(block: Float[Array, " size"], low: Float[Array, ""], step: Float[Array, ""]) -> UInt[Array, " size"]:
+    """Equation 5 of one block, forward. A constant block has step 0 and codes 0."""
+    scaled = divide(block - low, jnp.where(step > 0, step, jnp.inf))
+    return jax.lax.bitcast_convert_type(scaled + _ROUND, jnp.uint32) & 0xFF
+
+
+def _dequantize(codes: UInt[Array, "..."], low: Float[Array, ""], step: Float[Array, ""]) -> Float[Array, "..."]:
+    """Equation 5 of one block, backward."""
+    return low + codes.astype(jnp.int32).astype(jnp.float32) * step
 
 
 def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:

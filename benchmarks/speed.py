@@ -1,0 +1,168 @@
+"""Speed of packing and decoding, as ratios to copying the same float32 weights in memory.
+
+    python -m benchmarks.speed
+
+One 64 MiB leaf, a quarter of its blocks wide, on one core. All sides run interleaved in one process, in warm memory,
+and are measured in processor time of the process, which other load on the machine disturbs least. The medians are
+printed as ratios to `memcpy`: above 1 is faster than copying. `gguf` (numpy) and `qwix` (jax) take part where they are
+installed: pip install "btc_jax[benchmarks]".
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+# One thread, and an allocator that keeps memory: fresh memory costs more here than any codec, on every side.
+_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "OMP_NUM_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "JAX_PLATFORMS": "cpu",
+}
+if __name__ == "__main__" and os.environ.get("BTC_BENCHMARK") is None:
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]],
+        os.environ | _ENVIRONMENT | {"BTC_BENCHMARK": "1"},
+    )
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+import typer
+from rich.table import Table
+
+from btc_jax import Uniform, coding, quantize_leaf
+
+SIDE = 4096
+MIB = 2**20
+Call = Callable[[], Any]
+
+
+def weights(block_size: int) -> np.ndarray:
+    """Gaussian blocks, a quarter of them, at random places, above the codec's threshold."""
+    rng = np.random.default_rng(0)
+    blocks = rng.standard_normal((SIDE * SIDE // block_size, block_size), np.float32)
+    sigma = np.where(rng.random(len(blocks)) < 0.25, 0.08, 0.02).astype(np.float32)
+    return (blocks * sigma[:, None]).reshape(SIDE, SIDE)
+
+
+def ours(leaf: jax.Array, block_size: int) -> dict[str, Call]:
+    """Packing and decoding with one plane and with two."""
+    calls: dict[str, Call] = {}
+    for name, codec in (("4-bit", Uniform(block_size, threshold=float("inf"))), ("mixed", Uniform(block_size))):
+        tensor = quantize_leaf(leaf, codec, "stored")
+        calls[f"btc_jax {block_size} {name} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
+        calls[f"btc_jax {block_size} {name} decode f32"] = lambda tensor=tensor: tensor.dequantize()
+        calls[f"btc_jax {block_size} {name} decode bf16"] = lambda tensor=tensor: tensor.dequantize(jnp.bfloat16)
+    return calls
+
+
+def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
+    """llama.cpp's formats as the gguf package writes them, in numpy."""
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        return {}
+    calls: dict[str, Call] = {}
+    for kind in (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0):
+        packed = quants.quantize(leaf, kind)
+        calls[f"gguf {kind.name} encode"] = lambda kind=kind: quants.quantize(leaf, kind)
+        calls[f"gguf {kind.name} decode f32"] = lambda kind=kind, packed=packed: quants.dequantize(packed, kind)
+    return calls
+
+
+def qwix_peers(leaf: jax.Array) -> dict[str, Call]:
+    """qwix's symmetric formats with a scale for every 64 weights, jitted."""
+    try:
+        import qwix
+    except ImportError:
+        return {}
+    calls: dict[str, Call] = {}
+    for dtype in (jnp.int4, jnp.int8):
+        encode = jax.jit(lambda x, dtype=dtype: qwix.quantize(x, dtype, channelwise_axes=[0], tiled_axes={1: 64}))
+        decode, packed = jax.jit(qwix.dequantize), encode(leaf)
+        calls[f"qwix {jnp.dtype(dtype).name} encode"] = lambda encode=encode: encode(leaf)
+        calls[f"qwix {jnp.dtype(dtype).name} decode f32"] = lambda decode=decode, packed=packed: decode(packed)
+    return calls
+
+
+def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Median processor seconds of each call, run in turn round after round; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            jax.block_until_ready(call())
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def encode_memory(leaf: jax.Array, codec: Uniform) -> tuple[int, int]:
+    """Peak bytes that packing takes beyond the leaf, its output included, and the bytes of the output.
+
+    From the compiled steps' own accounts: first step, then every plane that the second one makes smaller.
+    """
+    tensor = quantize_leaf(leaf, codec, "stored")
+    rows, widths, _, _, counts = coding._encode(leaf, codec, "stored")
+    held, temporary = _memory(coding._encode.lower(leaf, codec, "stored"))
+    peak = held + temporary
+    for plane, kept in zip(rows, coding._kept_rows(codec, tuple(counts.tolist())), strict=True):
+        if kept < widths.size:
+            output, temporary = _memory(coding._compact.lower(plane, widths, codec.high_bits, kept))
+            held += output
+            peak = max(peak, held + temporary)
+    return peak, tensor.nbytes
+
+
+def _memory(lowered: Any) -> tuple[int, int]:
+    """Bytes of output and of temporary arrays of a jitted step."""
+    sizes = lowered.compile().memory_analysis()
+    return sizes.output_size_in_bytes, sizes.temp_size_in_bytes
+
+
+def table(seconds: dict[str, float]) -> Table:
+    result = Table(title=f"64 MiB of float32, one core; memcpy {seconds['memcpy'] * 1e3:.1f} ms", title_justify="left")
+    for column in ("what", "ms", "GB/s of float32", "ratio to memcpy"):
+        result.add_column(column, justify="left" if column == "what" else "right")
+    for name, value in seconds.items():
+        speed = SIDE * SIDE * 4 / value / 1e9
+        result.add_row(name, f"{value * 1e3:.1f}", f"{speed:.2f}", f"{seconds['memcpy'] / value:.3f}")
+    return result
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 11,
+    block_sizes: Annotated[str, typer.Option(help="Block sizes, with commas.")] = "32,64,128",
+    output: Annotated[Path | None, typer.Option(help="Write the medians as JSON to this file.")] = None,
+) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    sizes = [int(size) for size in block_sizes.split(",")]
+    leaf = weights(64)
+    copy = np.zeros_like(leaf)
+    calls: dict[str, Call] = {"memcpy": lambda: np.copyto(copy, leaf)}
+    for size in sizes:
+        calls |= ours(jnp.asarray(weights(size)), size)
+    calls |= gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
+    seconds = medians(calls, rounds)
+    rich.print(table(seconds))
+    for size in sizes:
+        peak, stored = encode_memory(jnp.asarray(weights(size)), Uniform(size))
+        ratio = f"{peak / stored:.2f} times its output"
+        rich.print(f"encode mixed, block size {size}: peak extra memory {peak / MIB:.1f} MiB, {ratio}")
+    if output:
+        output.write_text(json.dumps(seconds, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,351 @@
+import contextlib
+import json
+import math
+import re
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+from btc_jax import (
+    BTCPolicyError,
+    Policy,
+    Rule,
+    SearchStatus,
+    Uniform,
+    btc_dequantize,
+    btc_evaluate,
+    btc_metrics,
+    btc_quantize,
+    btc_search,
+    is_packed,
+)
+
+CODEC = Uniform(threshold=0.0)
+"""One width only, so that a shape compiles once for each block size."""
+
+
+def params(scale=0.1):
+    return {"kernel": (scale * np.random.default_rng(0).standard_normal((64, 64))).astype(np.float32)}
+
+
+PARAMS = params()
+
+
+def search(evaluate=None, **arguments):
+    return btc_search(PARAMS, evaluate, **{"codec": CODEC, "max_rmse": None, "progress": False} | arguments)
+
+
+def true_rmse(size):
+    """The error at a block size, by numpy."""
+    decoded = btc_dequantize(btc_quantize(PARAMS, Uniform(size, threshold=0.0)))["kernel"]
+    return float(np.sqrt(np.mean((np.asarray(decoded, np.float64) - PARAMS["kernel"]) ** 2)))
+
+
+def scripted(*answers):
+    """An evaluate function that gives these accuracies in turn, and raises those that are errors."""
+    answers = iter(answers)
+
+    def evaluate(tree):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return evaluate
+
+
+def sizes(result):
+    return [trial.codec.block_size for trial in result.trials]
+
+
+def assert_same_tree(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@contextlib.contextmanager
+def as_users_run_it():
+    """Without the type checks of the test run, which would come before the package's own."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("given", [(32, 64, 128), (128, 32, 64), [64, 64, 128, 32, 32]])
+def test_sizes_are_tried_once_each_in_increasing_order(given):
+    result = search(block_sizes=given)
+    assert sizes(result) == [32, 64, 128]
+    assert result.best is result.trials[-1]
+
+
+def test_sizes_may_come_from_a_generator():
+    assert sizes(search(block_sizes=(2**i for i in (6, 5)))) == [32, 64]
+
+
+def test_complete_search_has_the_paper_sizes_and_the_largest_is_best():
+    result = search()
+    assert result.status is SearchStatus.COMPLETE
+    assert sizes(result) == [32, 64, 128, 256]
+    assert all(trial.held for trial in result.trials)
+    assert result.best is result.trials[-1]
+    assert "256" in result.message
+    assert "arger block sizes" in result.message
+
+
+def test_tree_is_that_of_btc_quantize_at_the_best_size():
+    result = search(block_sizes=(32, 64, 128), max_rmse=(true_rmse(64) + true_rmse(128)) / 2)
+    assert result.best is not None
+    assert result.best.codec == Uniform(64, threshold=0.0)
+    assert_same_tree(result.tree, btc_quantize(PARAMS, Uniform(64, threshold=0.0)))
+    assert result.best.metrics == btc_metrics(PARAMS, result.tree, Uniform(64, threshold=0.0))
+
+
+def test_stops_at_the_first_size_that_breaks_the_error():
+    result = search(max_rmse=(true_rmse(32) + true_rmse(64)) / 2)
+    assert result.status is SearchStatus.STOPPED
+    assert sizes(result) == [32, 64]
+    assert [trial.held for trial in result.trials] == [True, False]
+    assert result.best is result.trials[0]
+    assert result.trials[1].metrics.total.rmse == pytest.approx(true_rmse(64), rel=1e-5)
+    for part in ("Block size 32 holds", "block size 64 breaks", "rmse", "raise the limit"):
+        assert part in result.message
+
+
+def test_stops_at_the_first_size_that_breaks_the_accuracy():
+    result = search(scripted(0.95, 0.94, 0.929, 0.95, 0.95))
+    assert result.status is SearchStatus.STOPPED
+    assert result.accuracy == 0.95
+    assert [trial.accuracy for trial in result.trials] == [0.94, 0.929]
+    assert [trial.drop for trial in result.trials] == pytest.approx([1, 2.1])
+    assert result.best is result.trials[0]
+    for part in ("Block size 32 holds", "block size 64 breaks", "accuracy drop 2.10 > 2 points"):
+        assert part in result.message
+
+
+def test_nothing_held_says_what_to_try():
+    result = search(max_rmse=0)
+    assert result.status is SearchStatus.NOTHING_HELD
+    assert result.best is result.tree is None
+    assert sizes(result) == [32]
+    for part in ("Block size 32", "rmse", "smaller block sizes", "lower threshold", "rule", "raise the limit"):
+        assert part in result.message
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "held"),
+    [(0.92, 0.90, 2.0, True), (0.57, 0.55, 2.0, True), (0.9, 0.899, 0.1, True), (0.92, 0.899, 2.0, False)],
+)
+def test_a_drop_of_just_the_limit_holds(before, after, limit, held):
+    assert search(scripted(before, after), block_sizes=(32,), max_drop=limit).trials[0].held == held
+
+
+def test_an_error_of_just_the_limit_holds():
+    rmse = search(block_sizes=(32,)).trials[0].metrics.total.rmse
+    assert search(block_sizes=(32,), max_rmse=rmse).trials[0].held
+    assert not search(block_sizes=(32,), max_rmse=np.nextafter(rmse, 0)).trials[0].held
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_the_message_shows_an_error_above_the_limit(size):
+    rmse = true_rmse(size)
+    shorter = float(f"{rmse:.3g}")
+    result = search(block_sizes=(size,), max_rmse=(rmse + shorter) / 2 if shorter < rmse else 0.999 * rmse)
+    (shown,) = re.findall(r"rmse (\S+) > (\S+)\)", result.message)
+    assert float(shown[0]) > float(shown[1])
+
+
+@pytest.mark.parametrize("after", [0.87996, 0.879, 0.8])
+def test_the_message_shows_a_drop_above_the_limit(after):
+    result = search(scripted(0.9, after), block_sizes=(32,))
+    (shown,) = re.findall(r"accuracy drop (\S+) > (\S+) points\)", result.message)
+    assert float(shown[0]) > float(shown[1])
+
+
+def test_accuracy_may_rise():
+    result = search(scripted(0.5, 0.6), block_sizes=(32,), max_drop=0)
+    assert result.trials[0].drop == pytest.approx(-10)
+    assert result.status is SearchStatus.COMPLETE
+
+
+def test_no_limits_never_stop():
+    result = search(scripted(1.0, 0.5, 0.0, 0.3, 0.1), max_drop=None)
+    assert result.status is SearchStatus.COMPLETE
+    assert [trial.drop for trial in result.trials] == pytest.approx([50, 100, 70, 90])
+
+
+def test_limits_of_the_paper_by_default():
+    large = btc_search(params(1.0), codec=CODEC, block_sizes=(32,), progress=False)
+    assert large.trials[0].metrics.total.rmse > 3e-3
+    assert large.status is SearchStatus.NOTHING_HELD
+    dropped = btc_search(PARAMS, scripted(0.9, 0.879), codec=CODEC, block_sizes=(32,), progress=False)
+    assert dropped.status is SearchStatus.NOTHING_HELD
+
+
+def test_evaluate_sees_the_float_tree_and_then_each_packed_one():
+    seen = []
+
+    def evaluate(tree):
+        seen.append(tree)
+        return 0.9
+
+    result = search(evaluate, block_sizes=(32, 64))
+    assert seen[0] is PARAMS
+    assert [is_packed(tree["kernel"]) and tree["kernel"].codec.block_size for tree in seen[1:]] == [32, 64]
+    assert seen[2] is result.tree
+
+
+@pytest.mark.parametrize("limit", [2.0, None])
+def test_a_drop_that_cannot_be_seen_is_said(limit):
+    result = search(block_sizes=(32,), max_drop=limit)
+    assert ("Accuracy was not looked at" in result.message) == (limit is not None)
+    assert result.accuracy is result.trials[0].accuracy is result.trials[0].drop is None
+
+
+def test_evaluate_that_raises_midway_keeps_the_trials():
+    result = search(scripted(0.9, 0.9, 0.9, OSError("disk full")))
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert sizes(result) == [32, 64, 128]
+    assert [trial.held for trial in result.trials] == [True, True, False]
+    assert result.trials[2].accuracy is result.trials[2].drop is None
+    assert result.trials[2].metrics.total.rmse == pytest.approx(true_rmse(128), rel=1e-5)
+    assert result.best is result.trials[1]
+    assert_same_tree(result.tree, btc_quantize(PARAMS, Uniform(64, threshold=0.0)))
+    for part in ("OSError: disk full", "Block size 64 holds", "larger sizes are unknown", "search again"):
+        assert part in result.message
+
+
+def test_evaluate_that_raises_on_the_float_tree_ends_the_search():
+    result = search(scripted(RuntimeError("no data")))
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert result.trials == ()
+    assert result.best is result.tree is result.accuracy is None
+    for part in ("RuntimeError: no data", "No configuration", "Mend evaluate"):
+        assert part in result.message
+
+
+def test_evaluate_that_raises_on_the_first_packed_tree_leaves_nothing_known():
+    result = search(scripted(0.9, ValueError("bad shape")))
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert sizes(result) == [32]
+    assert result.best is result.tree is None
+    assert result.accuracy == 0.9
+    assert "No configuration" in result.message
+
+
+@pytest.mark.parametrize(("answer", "shown"), [(math.nan, "nan"), (91.6, "91.6"), (-0.1, "-0.1"), (math.inf, "inf")])
+@pytest.mark.parametrize("before", [(), (0.9,)])
+def test_evaluate_that_returns_no_accuracy(answer, shown, before):
+    result = search(scripted(*before, answer))
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert sizes(result) == [32] * len(before)
+    assert f"evaluate returned {shown}" in result.message
+    assert "from 0 to 1" in result.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (None, "None"),
+        (btc_evaluate(lambda p, x: x, {}, np.eye(3, dtype=np.float32), [0, 1, 2]), "Evaluation"),
+        ((0.9, 0.1), "(0.9, 0.1)"),
+        (np.array([0.9, 0.8]), "[0.9"),
+    ],
+)
+def test_evaluate_that_returns_no_number(answer, shown):
+    with as_users_run_it():
+        result = search(lambda tree: answer)
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert "evaluate returned" in result.message
+    assert shown in result.message
+    assert "raised" not in result.message
+
+
+def test_interrupt_is_not_swallowed():
+    def interrupted(tree):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(interrupted)
+
+
+@pytest.mark.parametrize("accuracy", [np.float32(0.5), np.array(0.5), 1, 0])
+def test_accuracy_may_be_any_scalar(accuracy):
+    result = search(lambda tree: accuracy, block_sizes=(32,))
+    assert result.status is SearchStatus.COMPLETE
+    assert result.accuracy == result.trials[0].accuracy == float(accuracy)
+
+
+@pytest.mark.parametrize("name", ["max_rmse", "max_drop"])
+@pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan])
+def test_bad_limits(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}.*0 or more, or None"):
+        search(**{name: value})
+
+
+def test_no_sizes():
+    with pytest.raises(ValueError, match="block_sizes is empty"):
+        search(block_sizes=())
+
+
+@pytest.mark.parametrize(("given", "shown"), [((1, 32), "1"), ((0,), "0"), ((-64,), "-64")])
+def test_sizes_that_no_codec_takes_are_refused_before_evaluating(given, shown):
+    def evaluate(tree):
+        raise AssertionError("evaluated in vain")
+
+    with pytest.raises(ValueError, match=f"block_size is {shown};"):
+        search(evaluate, block_sizes=given)
+
+
+def test_a_size_that_is_no_integer_is_named():
+    with as_users_run_it(), pytest.raises(TypeError, match=r"block_size.* 32\.5"):
+        search(block_sizes=(64, 32.5))
+
+
+def test_what_btc_quantize_refuses_is_refused():
+    with pytest.raises(BTCPolicyError, match="matches no leaf"):
+        search(codec=None, policy=Policy(rules=(Rule("head", None),)))
+    broken = PARAMS["kernel"].copy()
+    broken[0, 0] = np.nan
+    with pytest.raises(ValueError, match="kernel: 1 of 4096 weights are NaN"):
+        btc_search({"kernel": broken}, codec=CODEC, progress=False)
+    with pytest.raises(BTCPolicyError, match="both codec and policy"):
+        search(policy=Policy())
+
+
+def test_rules_keep_their_codec_and_the_rest_of_the_default_is_kept():
+    tree = PARAMS | {"head": params()["kernel"], "first": params()["kernel"]}
+    rules = (Rule("head", Uniform(16, threshold=math.inf)), Rule("first", None))
+    result = btc_search(tree, policy=Policy(CODEC, rules, min_size=100), block_sizes=(32, 64), max_rmse=None)
+    assert [trial.codec for trial in result.trials] == [Uniform(32, threshold=0.0), Uniform(64, threshold=0.0)]
+    assert result.tree is not None
+    assert result.tree["head"].codec == Uniform(16, threshold=math.inf)
+    assert result.tree["kernel"].codec == Uniform(64, threshold=0.0)
+    assert result.tree["first"] is tree["first"]
+
+
+def test_json_holds_the_record():
+    result = search(scripted(0.9, 0.9, 0.8), codec=Uniform(threshold=math.inf))
+    record = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert (record["status"], record["message"], record["accuracy"]) == ("stopped", result.message, 0.9)
+    assert record["best"] == 0
+    first, second = record["trials"]
+    assert (first["codec"]["block_size"], first["codec"]["threshold"], first["broke"]) == (32, "inf", "")
+    assert second["drop"] == pytest.approx(10)
+    assert second["broke"].startswith("accuracy drop")
+    assert second["metrics"]["total"]["rmse"] == result.trials[1].metrics.total.rmse
+    assert second["seconds"] > 0
+
+
+def test_json_of_a_search_that_found_nothing():
+    record = json.loads(json.dumps(search(scripted(ValueError("x"))).to_json(), allow_nan=False))
+    assert (record["status"], record["best"], record["trials"]) == ("evaluate failed", None, [])
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capfd):
+    search(block_sizes=(32,), progress=True)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,176 @@
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from btc_jax import (
+    BTCPolicyError,
+    Policy,
+    Rule,
+    Uniform,
+    btc_dequantize,
+    btc_metrics,
+    btc_plan,
+    btc_quantize,
+    btc_reconstruct,
+    is_packed,
+)
+
+
+class Pair(NamedTuple):
+    kernel: Any
+    rest: Any
+
+
+@flax.struct.dataclass
+class Layer:
+    kernel: Any
+    bias: Any
+
+
+def kernel(seed=0, shape=(64, 80), dtype=jnp.float32):
+    return 0.1 * jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+TREES = {
+    "dict": lambda: {"a": {"kernel": kernel(), "bias": jnp.zeros(80)}},
+    "list": lambda: [{"kernel": kernel()}, {"kernel": kernel(1)}, jnp.ones(3)],
+    "tuple": lambda: ({"kernel": kernel(dtype=jnp.bfloat16)}, None, jnp.int32(3)),
+    "namedtuple": lambda: Pair(kernel(), {"step": jnp.int32(1), "key": jax.random.key(0)}),
+    "dataclass": lambda: {"layer": Layer(kernel(dtype=jnp.float16), jnp.zeros(80))},
+    "numpy": lambda: {"kernel": np.asarray(kernel()), "name": "a model", "rate": 0.1},
+    "linen": lambda: nn.Dense(80).init(jax.random.key(0), jnp.ones((1, 64))),
+    "linen boxed": lambda: nn.Dense(
+        80, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    ).init(jax.random.key(0), jnp.ones((1, 64))),
+    "nnx state": lambda: nnx.state(nnx.Linear(64, 80, rngs=nnx.Rngs(0))),
+    "nnx module": lambda: nnx.Linear(64, 80, rngs=nnx.Rngs(0)),
+}
+
+
+@pytest.fixture(params=TREES)
+def tree(request):
+    return TREES[request.param]()
+
+
+def arrays(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+
+
+def test_round_trip_keeps_structure_shapes_and_dtypes(tree):
+    decoded = btc_dequantize(btc_quantize(tree))
+    assert jax.tree.structure(decoded) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(arrays(decoded), arrays(tree))
+
+
+def test_memory_is_what_plan_and_report_say(tree):
+    packed = btc_quantize(tree)
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(packed) if hasattr(leaf, "nbytes"))
+    plan = btc_plan(tree, measure=True)
+    assert stored == plan.bytes_min == plan.bytes_max == btc_metrics(tree, packed).bytes_after
+    assert stored < 0.6 * plan.bytes_before
+    bounds = btc_plan(tree)
+    assert bounds.bytes_min <= stored <= bounds.bytes_max
+
+
+def test_reconstruct_under_jit_is_quantize_and_decode(tree):
+    if any(not isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(tree)):
+        return  # jit takes no strings
+    traced = jax.jit(btc_reconstruct)(tree)
+    for leaf, expected in zip(arrays(traced), arrays(btc_dequantize(btc_quantize(tree))), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            np.testing.assert_allclose(leaf.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-6, atol=1e-7)
+
+
+def test_packing_again_changes_nothing(tree):
+    once = btc_quantize(tree)
+    twice = btc_quantize(once, Uniform(32))
+    for a, b in zip(jax.tree.leaves(once, is_leaf=is_packed), jax.tree.leaves(twice, is_leaf=is_packed), strict=True):
+        assert a is b
+
+
+def test_dense_leaves_are_the_same_objects():
+    tree = {"kernel": kernel(), "bias": jnp.zeros(80), "note": "text"}
+    packed = btc_quantize(tree)
+    assert packed["bias"] is tree["bias"]
+    assert packed["note"] is tree["note"]
+    assert not is_packed(tree["kernel"])
+
+
+def test_rules_give_each_leaf_its_codec_and_order():
+    tree = {"a": {"kernel": kernel()}, "b": {"kernel": kernel()}, "table": {"embedding": kernel()}}
+    rules = (Rule("a/*", None), Rule("re:b/.*", Uniform(32, 2, 4), "stored"))
+    packed = btc_quantize(tree, policy=Policy(Uniform(128), rules))
+    assert not is_packed(packed["a"]["kernel"])
+    assert (packed["b"]["kernel"].codec, packed["b"]["kernel"].order) == (Uniform(32, 2, 4), "stored")
+    assert (packed["table"]["embedding"].codec, packed["table"]["embedding"].order) == (Uniform(128), "stored")
+
+
+def test_decodes_in_another_dtype():
+    decoded = btc_dequantize(btc_quantize({"kernel": kernel(), "bias": jnp.zeros(3)}), jnp.bfloat16)
+    assert decoded["kernel"].dtype == jnp.bfloat16
+    assert decoded["bias"].dtype == jnp.float32
+
+
+def test_empty_tree():
+    with pytest.raises(ValueError, match=r"the tree is empty; pass .*params"):
+        btc_quantize({})
+
+
+def test_nothing_to_quantize():
+    tree = {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "step": jnp.int32(0)}
+    with pytest.raises(BTCPolicyError, match=r"all 3 stay dense .*1 x too small.*Policy\(.*btc_plan"):
+        btc_quantize(tree)
+
+
+def test_both_codec_and_policy():
+    with pytest.raises(BTCPolicyError, match="both codec and policy"):
+        btc_quantize({"kernel": kernel()}, Uniform(), policy=Policy())
+
+
+def test_not_finite_names_the_path():
+    tree = {"layer_1": {"kernel": kernel().at[3, 4].set(jnp.nan).at[5, 5].set(jnp.inf)}}
+    with pytest.raises(ValueError, match=r"^layer_1/kernel: 2 of 5120 weights are NaN or infinite"):
+        btc_quantize(tree)
+
+
+def test_under_jit():
+    with pytest.raises(TypeError, match=r"^kernel is traced.*btc_reconstruct"):
+        jax.jit(btc_quantize)({"kernel": kernel()})
+
+
+def test_without_values():
+    with pytest.raises(TypeError, match=r"^kernel is a ShapeDtypeStruct.*btc_plan"):
+        btc_quantize({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)})
+
+
+def test_float64_leaves_under_x64():
+    with jax.enable_x64(True):
+        tree = {"kernel": np.asarray(kernel(), np.float64)}
+        decoded = btc_dequantize(btc_quantize(tree))
+        assert decoded["kernel"].dtype == jnp.float64
+        np.testing.assert_allclose(decoded["kernel"], tree["kernel"], atol=0.03)
+
+
+def test_plain_dataclasses_registered_by_users():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Mine:
+        kernel: Any
+        bias: Any
+
+    packed = btc_quantize(Mine(kernel(), jnp.zeros(3)))
+    assert is_packed(packed.kernel)
+    assert isinstance(btc_dequantize(packed), Mine)
+
+
+def test_progress_is_no_noise_where_there_is_no_terminal(capfd):
+    btc_quantize({"kernel": kernel()}, progress=True)
+    assert capfd.readouterr() == ("", "")
