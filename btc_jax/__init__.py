@@ -19,8 +19,14 @@ from btc_jax.baselines import apply_baseline as apply_baseline
 from btc_jax.baselines import percentile8 as percentile8
 from btc_jax.baselines import uniform8 as uniform8
 from btc_jax.checkpoint import BTCFormatError as BTCFormatError
+from btc_jax.checkpoint import BTCIntegrityError as BTCIntegrityError
+from btc_jax.checkpoint import Checkpoint as Checkpoint
+from btc_jax.checkpoint import LeafRecord as LeafRecord
+from btc_jax.checkpoint import Verification as Verification
 from btc_jax.checkpoint import load as load
+from btc_jax.checkpoint import open_checkpoint as open_checkpoint
 from btc_jax.checkpoint import save as save
+from btc_jax.checkpoint import verify as verify
 from btc_jax.codecs import Codec as Codec
 from btc_jax.codecs import Coded as Coded
 from btc_jax.codecs import Uniform as Uniform

@@ -58,16 +58,21 @@ def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
     return planes + header_nbytes(codec, -(-size // codec.block_size))
 
 
-@functools.cache
 def header_nbytes(codec: Codec, blocks: int) -> int:
     """Bytes of the stored header of this many blocks."""
+    stored = stored_header(codec, blocks).values()
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in stored)
 
-    def stored_header(matrix: Array) -> Header:
+
+@functools.lru_cache(maxsize=1024)
+def stored_header(codec: Codec, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the stored header of this many blocks, by name."""
+
+    def header(matrix: Array) -> Header:
         coded = codec.encode(matrix)
         return codec.pack_header(coded.widths, coded.header)
 
-    stored = jax.eval_shape(stored_header, jax.ShapeDtypeStruct((blocks, codec.block_size), jnp.float32))
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in stored.values())
+    return jax.eval_shape(header, jax.ShapeDtypeStruct((blocks, codec.block_size), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))

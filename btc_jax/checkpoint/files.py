@@ -1,0 +1,107 @@
+"""Files that appear whole or not at all, and reads that are checked."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from btc_jax.checkpoint.errors import BTCFormatError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes must not save to one path at a time
+    fcntl = None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` when the block ends, flushed to disk, and not before.
+
+    It is written beside, under one fixed name that is locked: a writer that was killed leaves at most that one, and the
+    next writer takes it over.
+
+    Raises:
+        OSError: it could not be written, or another process is writing it. What was at `path` is untouched.
+    """
+    temporary = temporary_of(path)
+    try:
+        handle = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    with os.fdopen(handle, "wb") as file:
+        _lock(file, path)
+        try:
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                with suppress(OSError):
+                    os.truncate(file.fileno(), 0)  # what is still buffered must not fail again when closing
+                raise _not_written(path, error) from error
+            raise
+
+
+def temporary_of(path: Path) -> Path:
+    """Where the new content of `path` is written."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def read_at(handle: int, offset: int, nbytes: int, what: str) -> np.ndarray:
+    """Bytes of an open file, all of them.
+
+    Raises:
+        BTCFormatError: the file ends before.
+    """
+    data = np.empty(nbytes, np.uint8)
+    view, done = data.data, 0
+    while done < nbytes:
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if count == 0:
+            raise BTCFormatError(f"{what}: the file ends {nbytes - done} bytes early; it is truncated")
+        done += count
+    return data
+
+
+def crc32c(data: np.ndarray | bytes) -> str:
+    """CRC-32C (Castagnoli) as eight hexadecimal digits.
+
+    Example:
+        >>> crc32c(b"123456789")
+        'e3069283'
+    """
+    if isinstance(data, np.ndarray):
+        data = data.reshape(-1).view(np.uint8)
+    return f"{google_crc32c.value(data):08x}"  # pyright: ignore[reportArgumentType]  # takes arrays too, without a copy
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BlockingIOError(error.errno, f"{path}: another process is writing it; wait for that one") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _not_written(path: Path, error: OSError) -> OSError:
+    if str(path) in str(error.strerror):
+        return error
+    return OSError(error.errno, f"{path} could not be written: {error.strerror}; what was there is untouched")

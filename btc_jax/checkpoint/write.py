@@ -1,0 +1,136 @@
+"""Saving: a tree into one file, or into several with an index, whole or not at all."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from btc_jax._typing import PyTree
+from btc_jax.checkpoint.files import crc32c, temporary_of, whole_file
+from btc_jax.checkpoint.leaves import to_arrays
+from btc_jax.checkpoint.manifest import VERSION, LeafRecord, Manifest, canonical, signed
+from btc_jax.checkpoint.structure import describe
+from btc_jax.tree import flatten
+
+StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
+
+
+def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | None = None) -> int:
+    """Writes a tree of packed and dense leaves, and returns the bytes written.
+
+    Either all of it is at `path` afterwards, flushed to disk, or what was there before is untouched. Same content, same
+    bytes. The format is in docs/format.md.
+
+    Args:
+        path: the file; one that exists is replaced.
+        tree: any pytree of `BTCTensor`, jax and numpy arrays of every dtype, typed PRNG keys, Python numbers and text.
+        max_shard_bytes: split the leaves into files of at most so many bytes of data (a leaf is never split), beside an
+            index `PATH.index.json` as on the Hugging Face hub; `load(path)` finds it.
+
+    Raises:
+        TypeError: a leaf or a key of the tree cannot be stored; the message names it.
+        ValueError: two leaves have one path, or there are too many leaves for one file.
+        OSError: it could not be written.
+
+    Example:
+        >>> import btc_jax, jax.numpy as jnp, os, tempfile
+        >>> packed = btc_jax.btc_quantize({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save(os.path.join(folder, "model.safetensors"), packed)
+        ...     restored = btc_jax.load(os.path.join(folder, "model.safetensors"))
+        >>> restored["kernel"]
+        BTCTensor(shape=(64, 64), ...)
+    """
+    paths, leaves, _ = flatten(tree)
+    stored = [to_arrays(*pair) for pair in zip(paths, leaves, strict=True)]
+    return write_leaves(real_path(path), describe(tree), stored, max_shard_bytes)
+
+
+def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:
+    """Writes stored leaves in the containers that `tree` describes. Arrays are only looked at one by one."""
+    if max_shard_bytes is not None:
+        return _write_shards(path, tree, leaves, max_shard_bytes)
+    with whole_file(path) as file:
+        size = _write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
+    _remove_shards(path, keep=())
+    index_of(path).unlink(missing_ok=True)
+    return size
+
+
+def index_of(path: Path) -> Path:
+    """The index of a checkpoint in several files."""
+    return path if path.name.endswith(".index.json") else path.with_name(f"{path.name}.index.json")
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """The file that a path leads to, so that a link stays a link."""
+    return Path(os.path.realpath(path))
+
+
+def index_text(tree: Any, shards: Sequence[tuple[str, Manifest]]) -> str:
+    """The index of several files: Hugging Face's `weight_map`, and our signed manifest of tree and files."""
+    listed = [[name, crc32c(manifest.text().encode()), len(manifest.leaves)] for name, manifest in shards]
+    manifest = canonical({"version": VERSION, "tree": tree, "shards": listed})
+    tensors = [(t, name) for name, shard in shards for t in shard.tensors()]
+    metadata = {"total_size": sum(t.nbytes for t, _ in tensors)} | signed(manifest)
+    return canonical({"metadata": metadata, "weight_map": {t.name: name for t, name in tensors}})
+
+
+def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:
+    arrays = {t.name: array for record, parts in leaves for t, array in zip(record.tensors, parts, strict=True)}
+    header = manifest.header()
+    file.write(len(header).to_bytes(8, "little"))
+    file.write(header)
+    for tensor in manifest.tensors():
+        file.write(arrays[tensor.name].reshape(-1).view(np.uint8).data)
+    return file.tell()
+
+
+def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> int:
+    """New files under names of their own, then the index, which makes them the checkpoint, then away with the old."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
+    groups = list(_grouped(leaves, max_shard_bytes))
+    manifests = [Manifest(None, tuple(record for record, _ in group)) for group in groups]
+    identity = crc32c("".join(manifest.text() for manifest in manifests).encode())
+    names = [f"{path.stem}-{identity}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    index, size = index_of(path), 0
+    with whole_file(index) as file:
+        for name, manifest, group in zip(names, manifests, groups, strict=True):
+            with whole_file(path.with_name(name)) as shard:
+                size += _write_file(shard, manifest, group)
+        size += file.write(index_text(tree, list(zip(names, manifests, strict=True))).encode())
+    path.unlink(missing_ok=True)
+    _remove_shards(path, keep=names)
+    return size
+
+
+def _grouped(leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> Iterator[list[StoredLeaf]]:
+    group: list[StoredLeaf] = []
+    size = 0
+    for leaf in leaves:
+        if group and size + leaf[0].nbytes > max_shard_bytes:
+            yield group
+            group, size = [], 0
+        group.append(leaf)
+        size += leaf[0].nbytes
+    yield group
+
+
+def _remove_shards(path: Path, keep: Sequence[str]) -> None:
+    """Removes the files of earlier and of interrupted saves to the same path."""
+    ours = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
+    for file in path.parent.glob(f"*{_escaped(path.stem)}-*-of-*.safetensors*"):
+        name = file.name
+        if name == temporary_of(file).name:
+            continue
+        bare = name.removeprefix(".").removesuffix(".tmp") if name.startswith(".") else name
+        if ours.fullmatch(bare) and name not in keep:
+            file.unlink(missing_ok=True)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", text)
