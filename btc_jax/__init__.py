@@ -8,7 +8,9 @@ it,
 - `Uniform` is the codec, `Policy` and `Rule` choose the leaves, `BTCTensor` is a packed leaf, `btc_plan` looks ahead.
 - `btc_metrics` measures bits and errors, `btc_evaluate` accuracy, `apply_baseline` other quantizers in the same units.
 - `btc_search` finds the largest blocks that keep to limits of error and accuracy.
-- `metrics_table`, `plan_table`, `search_table`, `comparison_table` show it; `save` and `load` keep it.
+- `metrics_table`, `plan_table`, `search_table`, `comparison_table` show it.
+- `save`, `load`, `open_checkpoint` and `verify` keep it in files; `compress_file` and `restore_file` work from file to
+  file, leaf by leaf. The command `btc` does the same in a shell.
 """
 
 from importlib.metadata import version as _version
@@ -52,6 +54,10 @@ from btc_jax.search import SearchResult as SearchResult
 from btc_jax.search import SearchStatus as SearchStatus
 from btc_jax.search import Trial as Trial
 from btc_jax.search import btc_search as btc_search
+from btc_jax.stream import Compressed as Compressed
+from btc_jax.stream import compress_file as compress_file
+from btc_jax.stream import plan_file as plan_file
+from btc_jax.stream import restore_file as restore_file
 from btc_jax.tensor import BTCTensor as BTCTensor
 from btc_jax.tensor import is_packed as is_packed
 from btc_jax.tensor import quantize_leaf as quantize_leaf

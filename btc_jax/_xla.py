@@ -14,12 +14,24 @@ _CHUNK = 2**16
 
 
 def divide(a: Array, b: Array) -> Array:
-    """`a / b`, correctly rounded.
+    """`a / b`, correctly rounded on CPU.
 
     XLA turns a division by a constant or by a broadcast value into a product with the reciprocal, which is off by one
     unit in the last place now and then. It cannot where the divisor depends on the numerator.
     """
     return a / jnp.where(a == a, b, jnp.ones_like(b))
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """`x.astype(dtype)`, to a narrower floating dtype, that stays rounded when it is widened again.
+
+    XLA:GPU drops a pair of such casts as excess precision (openxla/xla#41605); it cannot see through the bits.
+    """
+    narrow = x.astype(dtype)
+    bits = lax.bitcast_convert_type(narrow, f"uint{8 * narrow.dtype.itemsize}")
+    return lax.bitcast_convert_type(
+        bits | (x != x).astype(bits.dtype), narrow.dtype
+    )  # x != x: only a NaN, and it stays
 
 
 def in_chunks(function: Callable[[Array], Any], rows: Array) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from btc_jax._typing import Array, ArrayLike, Float, Order, PyTree
+from btc_jax._xla import rounded
 from btc_jax.blocks import join, split
 from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tree_metrics
 from btc_jax.policy import Policy
@@ -154,5 +155,5 @@ def _percentile(percentile: float, groups: Array) -> Array:
 
 
 def _absmax(groups: Array) -> Array:
-    scale = (jnp.abs(groups).max(1, keepdims=True) / 7).astype(jnp.float16).astype(jnp.float32)
+    scale = rounded(jnp.abs(groups).max(1, keepdims=True) / 7, jnp.float16).astype(jnp.float32)
     return jnp.clip(jnp.round(groups / jnp.where(scale > 0, scale, 1.0)), -7, 7) * scale

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
@@ -33,7 +34,7 @@ def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tup
     if not finite:
         raise ValueError(f"{path}: {_what_does_not_fit(leaf, codec)}")
     planes = [
-        _compact(plane, widths, spec.end, kept) if kept < widths.size else plane
+        _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
         for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
     ]
     return tuple(planes), header
@@ -97,7 +98,13 @@ def _encode(leaf: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Hea
 
 
 _compact = jax.jit(compact, static_argnums=(2, 3))
-"""Step 2 of packing, for one plane."""
+
+
+def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
+    """Step 2 of packing, for one plane. On CPU numpy does it, which need not compile for each count of rows."""
+    if all(device.platform == "cpu" for device in rows.devices()):
+        return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)], rows.sharding)
+    return _compact(rows, widths, end, count)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -166,5 +173,7 @@ def _what_does_not_fit(leaf: Array, codec: Codec) -> str:
     not_finite = int(jnp.sum(~jnp.isfinite(leaf)))
     if not_finite:
         return f"{not_finite} of {leaf.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
-    largest = float(jnp.abs(leaf.astype(jnp.float32)).max())
+    largest = float(jnp.abs(leaf).max())
+    if largest > 1e36:
+        return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
     return f"weights as large as {largest:g} do not fit the header; use {codec.id} with header_dtype='float32'"

@@ -111,12 +111,15 @@ def evaluate_logits(logits: np.ndarray, labels: np.ndarray, reference: np.ndarra
         nan = float("nan")
         return Evaluation(len(logits), nan, nan, k, nan, *([nan, nan] if reference is not None else []))
     rows = np.arange(len(labels))
-    larger = np.sum(logits > logits[rows, labels][:, None], axis=1)
+    own = logits[rows, labels][:, None]
+    # Of equal logits the first class leads, as argmax has it.
+    ahead = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
+    rank = ahead.sum(axis=1)
     logp = _log_softmax(logits)
     return Evaluation(
         len(logits),
-        float(np.mean(logits.argmax(1) == labels)),
-        float(np.mean(larger < k)),
+        float(np.mean(rank < 1)),
+        float(np.mean(rank < k)),
         k,
         float(-np.mean(logp[rows, labels])),
         *(() if reference is None else _compared(reference, logits)),

@@ -5,7 +5,6 @@ beside them, and *effective* bits everything stored, padding of the last block i
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -129,7 +128,7 @@ class TreeMetrics:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON values; what is infinite becomes `None`."""
-        return _finite(dataclasses.asdict(self))
+        return jsonable(self)
 
 
 def btc_metrics(
@@ -251,23 +250,12 @@ def _decisions(params: PyTree, policy: Policy) -> dict[str, Decision]:
         raise BTCPolicyError(f"{error}. Metrics need the policy that the tree was quantized with") from error
 
 
-@functools.singledispatch
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    return value
-
-
-@_finite.register
-def _(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-@_finite.register
-def _(value: dict) -> dict:
-    return {key: _finite(item) for key, item in value.items()}
-
-
-@_finite.register(list)
-@_finite.register(tuple)
-def _(value: list | tuple) -> list:
-    return [_finite(item) for item in value]
+def jsonable(value: Any) -> Any:
+    """Records as plain JSON values; JSON has no infinity, so what is infinite or NaN becomes `None`."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

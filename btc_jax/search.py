@@ -14,7 +14,8 @@ from btc_jax._typing import PyTree
 from btc_jax.codecs import Codec
 from btc_jax.metrics import TreeMetrics, btc_metrics
 from btc_jax.policy import Policy
-from btc_jax.tree import btc_quantize, one_policy
+from btc_jax.tensor import is_packed
+from btc_jax.tree import btc_quantize, flatten, one_policy
 
 Evaluate = Callable[[PyTree], float]
 """`evaluate(params) -> accuracy` from 0 to 1, for a dense tree as for a packed one."""
@@ -167,6 +168,8 @@ def btc_search(
         ('complete', 256)
     """
     limits = _Limits(max_rmse, max_drop)
+    if any(map(is_packed, flatten(params)[1])):
+        raise ValueError("the tree is already quantized; search from the float tree, or from btc_dequantize(tree)")
     policy = one_policy(codec, policy)
     policies = _policies(policy, block_sizes)
     baseline, trouble = _accuracy(evaluate, params)

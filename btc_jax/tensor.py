@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax import coding
-from btc_jax._typing import Array, ArrayLike, Order
+from btc_jax._typing import Array, Order
 from btc_jax.codecs import Codec
 
 
@@ -26,9 +27,10 @@ from btc_jax.codecs import Codec
 class BTCTensor(AxisMetadata):
     """A packed leaf: the codes of its blocks in bit planes, and a header for each block.
 
-    It decodes itself wherever an array is asked for: in Linen (which unboxes it), in NNX (which indexes it), in `jnp`
-    functions and in arithmetic. Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put`
-    and the like; everything else is static.
+    It decodes itself where an array is asked for: in Linen (which unboxes it), in the layers of NNX (which index it),
+    in arithmetic, and in `jnp` functions. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`.)
+    Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the like; everything
+    else is static.
 
     Attributes:
         planes: the packed codes, most significant bits first; see `btc_jax.planes`.
@@ -39,8 +41,9 @@ class BTCTensor(AxisMetadata):
         order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
 
     Raises:
-        TypeError: when a `jax.tree` function changed the arrays inside, as `zeros_like` in an optimizer's `init` or a
-            cast of all leaves does. Packed weights can be decoded, moved and saved, but not calculated with.
+        TypeError: when a `jax.tree` function changed the arrays inside: a cast of all leaves, or `zeros_like`, as in
+            the `init` of most optimizers (not of those whose state starts at another number, such as adagrad). Packed
+            weights can be decoded, moved and saved, but not trained.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
@@ -84,15 +87,18 @@ class BTCTensor(AxisMetadata):
     @property
     def widths(self) -> Array:
         """Bits per weight of each block, `u8[blocks]`."""
-        return self.codec.unpack_header(self.header, self.num_blocks)[0]
+        return self.codec.unpack_header(jax.tree.map(jnp.asarray, self.header), self.num_blocks)[0]
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The weights as an array of `shape`, in `dtype` or the leaf's own."""
-        dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        dtype = jax.dtypes.canonicalize_dtype(self.dtype if dtype is None else dtype)
         return coding.unpack(self.planes, self.header, self.codec, self.shape, dtype, self.order)
 
     def __getitem__(self, index: Any) -> Array:
         return self.dequantize()[index]
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self.dequantize())
 
     def __len__(self) -> int:
         return len(self.dequantize())
@@ -108,9 +114,10 @@ class BTCTensor(AxisMetadata):
         return self.dequantize().T
 
     def __repr__(self) -> str:
-        bits = 8 * self.nbytes / max(self.size, 1)
+        whole = all(hasattr(array, "dtype") for array in jax.tree.leaves(self))
+        bits = f"{8 * self.nbytes / max(self.size, 1):.2f}" if whole else "unknown"
         return (
-            f"BTCTensor(shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits:.2f}, "
+            f"BTCTensor(shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits}, "
             f"codec={self.codec!r}, order={self.order!r})"
         )
 
@@ -128,7 +135,7 @@ class BTCTensor(AxisMetadata):
     remove_axis = add_axis
 
 
-def quantize_leaf(leaf: ArrayLike, codec: Codec, order: Order = "output-major", path: str = "leaf") -> BTCTensor:
+def quantize_leaf(leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf") -> BTCTensor:
     """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
 
     Args:
@@ -138,11 +145,23 @@ def quantize_leaf(leaf: ArrayLike, codec: Codec, order: Order = "output-major", 
         path: what error messages call the leaf.
 
     Raises:
-        ValueError: weights are NaN, infinite, or too large for the header.
+        ValueError: weights are NaN, infinite, or too large for the header; or the order is unknown.
+        TypeError: the array is traced, or not floating.
     """
-    leaf = _gathered(jnp.asarray(leaf))
-    planes, header = coding.pack(leaf, codec, order, path)
-    return BTCTensor(planes, header, leaf.shape, leaf.dtype, codec, order)
+    if is_packed(leaf):
+        return leaf
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"{path} is traced; the widths of its blocks are read on the host. Use btc_reconstruct inside jit"
+        )
+    if order not in ("output-major", "stored"):
+        raise ValueError(f"{path}: order is {order!r}; it can be 'output-major' or 'stored'")
+    dtype = np.dtype(getattr(leaf, "dtype", float))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
+    array = _gathered(jnp.asarray(leaf))
+    planes, header = coding.pack(array, codec, order, path)
+    return BTCTensor(planes, header, array.shape, dtype, codec, order)
 
 
 def _gathered(leaf: Array) -> Array:
@@ -159,13 +178,21 @@ def is_packed(x: Any) -> bool:
 
 def _refuse_changed_arrays(tensor: BTCTensor) -> None:
     """Raises if the arrays are not packed weights. JAX also builds nodes of other things, such as masks: those pass."""
-    for plane in jax.tree.leaves(tensor.planes):
-        if isinstance(plane, jax.Array | np.ndarray) and not jnp.issubdtype(plane.dtype, jnp.unsignedinteger):
-            raise TypeError(
-                f"the packed codes of a leaf of shape {tensor.shape} became {plane.dtype}. Packed weights cannot be "
-                "cast or differentiated; decode the tree with btc_dequantize first"
-            )
-    if isinstance(tensor.header, dict) and _starts_with_zero(tensor.header.get(tensor.codec.witness)):
+    planes = [plane for plane in jax.tree.leaves(tensor.planes) if isinstance(plane, jax.Array | np.ndarray)]
+    header = tensor.header if isinstance(tensor.header, dict) else {}
+    changed = [plane.dtype for plane in planes if not jnp.issubdtype(plane.dtype, jnp.unsignedinteger)]
+    for name, dtype in tensor.codec.header_dtypes.items():
+        array = header.get(name)
+        if isinstance(array, jax.Array | np.ndarray) and array.dtype != dtype:
+            changed.append(array.dtype)
+    if changed:
+        raise TypeError(
+            f"arrays of a packed leaf of shape {tensor.shape} became {changed[0]}. Packed weights cannot be cast or "
+            "differentiated; decode the tree with btc_dequantize first"
+        )
+    if any(plane.ndim < 2 for plane in planes):
+        raise TypeError(f"a packed leaf of shape {tensor.shape} cannot be sliced by lax.scan or vmap; decode it first")
+    if _starts_with_zero(header.get(tensor.codec.witness)):
         raise TypeError(
             f"the header of a packed leaf of shape {tensor.shape} became zeros, as an optimizer's init makes them. "
             "Packed weights cannot be trained; decode the tree with btc_dequantize first, or train other leaves "
@@ -174,11 +201,11 @@ def _refuse_changed_arrays(tensor: BTCTensor) -> None:
 
 
 def _starts_with_zero(array: Any) -> bool:
-    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, Tracer) or array.size == 0:
         return False
-    if array.size == 0 or array.is_deleted() or not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and (array.is_deleted() or not array.is_fully_addressable):
         return False
-    return not any(np.asarray(array).reshape(-1)[:1].tobytes())
+    return not any(np.asarray(array[(0,) * array.ndim]).tobytes())
 
 
 def _decoded_operator(name: str) -> Any:
@@ -192,5 +219,10 @@ def _decoded_operator(name: str) -> Any:
 for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
     setattr(BTCTensor, f"__{_name}__", _decoded_operator(f"__{_name}__"))
     setattr(BTCTensor, f"__r{_name}__", _decoded_operator(f"__r{_name}__"))
-for _name in ("__neg__", "__pos__", "__abs__", "astype", "reshape", "transpose", "ravel", "sum", "mean"):
+for _name in ("neg", "pos", "abs", "lt", "le", "gt", "ge"):
+    setattr(BTCTensor, f"__{_name}__", _decoded_operator(f"__{_name}__"))
+for _name in (
+    *("astype", "reshape", "transpose", "swapaxes", "ravel", "flatten", "squeeze"),
+    *("sum", "mean", "min", "max", "std", "var", "dot"),
+):
     setattr(BTCTensor, _name, _decoded_operator(_name))

@@ -62,7 +62,7 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         dtype: dtype of the decoded leaves; their original one by default.
 
     Returns:
-        A tree with the structure, shapes and dtypes of the one that was quantized.
+        A tree with the structure, shapes and dtypes of the one that was quantized; float64 only under jax's x64 mode.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
@@ -95,9 +95,17 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
-    """Paths, leaves and structure of a tree in which packed leaves count as one."""
+    """Paths, leaves and structure of a tree in which packed leaves count as one.
+
+    Raises:
+        ValueError: two leaves have the same path.
+    """
     with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
-    return [leaf_path(keys) for keys, _ in with_keys], [leaf for _, leaf in with_keys], treedef
+    paths = [leaf_path(keys) for keys, _ in with_keys]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
+        raise ValueError(f"two leaves have the path {twice!r}; rename a key that contains '/'")
+    return paths, [leaf for _, leaf in with_keys], treedef
 
 
 def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], Any]:

@@ -6,7 +6,8 @@ import btc_jax
 # The way the data flows; a module imports only from those before it.
 ROOMS = [
     *("_typing", "_xla", "_paths", "_progress", "codecs", "policy", "blocks", "planes", "coding", "tensor", "tree"),
-    *("plan", "metrics", "baselines", "evaluate", "search", "report", "checkpoint", "cli"),
+    *("plan", "metrics", "baselines", "evaluate", "search", "report", "checkpoint", "sources", "stream", "orbax"),
+    *("compare", "cli"),
 ]
 
 

@@ -102,6 +102,7 @@ def test_calculates_as_its_array_would(use):
         lambda q: jax.jit(optax.adam(1e-3).init)(q),
         lambda q: optax.sgd(1e-3, momentum=0.9).init(q),
         lambda q: jax.tree.map(jnp.zeros_like, q),
+        lambda q: jax.tree.map(np.zeros_like, q),
     ],
 )
 @pytest.mark.parametrize("codec", [Uniform(32), Uniform(32, threshold=0.0), Uniform(32, header_dtype="float32")])
@@ -111,9 +112,16 @@ def test_optimizer_states_are_refused(make, codec):
             make({"kernel": leaf})
 
 
-def test_casting_all_leaves_is_refused():
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: x.astype(jnp.bfloat16),
+        lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+    ],
+)
+def test_casting_leaves_is_refused(cast):
     with pytest.raises(TypeError, match=r"became bfloat16.*btc_dequantize"):
-        jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"kernel": packed()})
+        jax.tree.map(cast, {"kernel": packed()})
 
 
 def test_gradients_are_refused():
@@ -147,6 +155,36 @@ def test_the_gradient_of_reconstruct_passes_straight_through():
     decoded = btc_reconstruct(params)["kernel"]
     np.testing.assert_allclose(value, jnp.sum(jnp.sin(decoded)), rtol=1e-5)
     np.testing.assert_allclose(gradient["kernel"], jnp.cos(decoded), rtol=1e-5)
+
+
+def test_iterates_over_rows():
+    tensor = packed()
+    assert np.array_equal(list(tensor), tensor.dequantize())
+
+
+def test_slicing_by_vmap_is_refused():
+    with pytest.raises(TypeError, match=r"cannot be sliced by lax\.scan or vmap"):
+        jax.vmap(lambda t: t.dequantize())(packed((64, 64), Uniform(64, threshold=0.0)))
+
+
+def test_placeholders_have_a_repr():
+    assert "bits=unknown" in repr(jax.tree.map(lambda _: True, packed()))
+
+
+@pytest.mark.parametrize("leaf", [np.arange(8), np.ones(8, bool), np.ones(8, np.complex64)])
+def test_what_is_not_floating_is_refused(leaf):
+    with pytest.raises(TypeError, match=r"^here is .*only floating"):
+        quantize_leaf(leaf, Uniform(4), path="here")
+
+
+def test_a_traced_leaf_is_refused():
+    with pytest.raises(TypeError, match="leaf is traced"):
+        jax.jit(lambda x: quantize_leaf(x, Uniform(4)).dequantize())(jnp.ones(8))
+
+
+def test_a_packed_leaf_stays_as_it_is():
+    tensor = packed()
+    assert quantize_leaf(tensor, Uniform(64)) is tensor
 
 
 def test_is_packed_tells_a_packed_leaf():

@@ -130,6 +130,11 @@ def test_nothing_to_quantize():
         btc_quantize(tree)
 
 
+def test_two_leaves_with_one_path():
+    with pytest.raises(ValueError, match=r"two leaves have the path 'a/kernel'"):
+        btc_quantize({"a": {"kernel": kernel()}, "a/kernel": kernel()})
+
+
 def test_both_codec_and_policy():
     with pytest.raises(BTCPolicyError, match="both codec and policy"):
         btc_quantize({"kernel": kernel()}, Uniform(), policy=Policy())

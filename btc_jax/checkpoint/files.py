@@ -28,26 +28,36 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         OSError: it could not be written, or another process is writing it. What was at `path` is untouched.
     """
     temporary = temporary_of(path)
-    try:
-        handle = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
-    except OSError as error:
-        raise _not_written(path, error) from error
-    with os.fdopen(handle, "wb") as file:
-        _lock(file, path)
+    with os.fdopen(_locked(temporary, path), "wb") as file:
         try:
             file.truncate()
             yield file
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         except BaseException as error:
             temporary.unlink(missing_ok=True)
+            file.raw.close()  # what is still buffered must not fail again
             if isinstance(error, OSError):
-                with suppress(OSError):
-                    os.truncate(file.fileno(), 0)  # what is still buffered must not fail again when closing
                 raise _not_written(path, error) from error
             raise
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """A lock on all files of a checkpoint at `path`, for as long as the block runs.
+
+    Raises:
+        OSError: another process has it, or files cannot be made here.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _locked(lock, path)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def temporary_of(path: Path) -> Path:
@@ -83,16 +93,29 @@ def crc32c(data: np.ndarray | bytes) -> str:
     return f"{google_crc32c.value(data):08x}"  # pyright: ignore[reportArgumentType]  # takes arrays too, without a copy
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise BlockingIOError(error.errno, f"{path}: another process is writing it; wait for that one") from error
+def _locked(name: Path, path: Path) -> int:
+    """A file of this name, made if need be, open, and locked for whoever writes `path`."""
+    while True:
+        try:
+            handle = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise _not_written(path, error) from error
+        try:
+            if fcntl is None:
+                return handle
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have moved or removed the file between the two calls; then this locks nothing.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(name)):
+                    return handle
+        except BlockingIOError as error:
+            os.close(handle)
+            message = f"{path}: another process is writing it; wait for that one"
+            raise BlockingIOError(error.errno, message) from error
+        os.close(handle)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     with suppress(OSError):  # not every system can
         handle = os.open(folder, os.O_RDONLY)
         try:

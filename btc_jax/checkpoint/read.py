@@ -118,6 +118,10 @@ class Checkpoint:
         except BTCFormatError as error:
             raise BTCFormatError(f"{self.path}: {error}") from error
 
+    def read_tensor(self, tensor: Tensor, checksums: bool = True) -> np.ndarray:
+        """One stored tensor of a leaf, as it is in the file."""
+        return self._home[tensor.name.split("#", 1)[0]].read(tensor, checksums)
+
     def build(self, leaves: list[Any]) -> PyTree:
         """The tree of all leaves, given in the order of `records`."""
         try:
@@ -135,11 +139,10 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 
     Example:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> file = os.path.join(folder.name, "model.safetensors")
-        >>> size = btc_jax.save(file, {"a": {"kernel": jnp.ones((2, 3))}, "b": jnp.zeros(4)})
-        >>> with open_checkpoint(file) as checkpoint:
-        ...     print(list(checkpoint.records), checkpoint.read("b"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = btc_jax.save(f"{folder}/m.safetensors", {"a": {"kernel": jnp.ones((2, 3))}, "b": jnp.zeros(4)})
+        ...     with open_checkpoint(f"{folder}/m.safetensors") as checkpoint:
+        ...         print(list(checkpoint.records), checkpoint.read("b"))
         ['a/kernel', 'b'] [0. 0. 0. 0.]
     """
     path = real_path(path)

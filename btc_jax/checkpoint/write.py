@@ -9,13 +9,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.files import crc32c, temporary_of, whole_file
+from btc_jax.checkpoint.files import crc32c, flush_folder, only_writer, temporary_of, whole_file
 from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import VERSION, LeafRecord, Manifest, canonical, signed
-from btc_jax.checkpoint.structure import describe
+from btc_jax.checkpoint.manifest import MAX_HEADER, VERSION, LeafRecord, Manifest, canonical, signed
+from btc_jax.checkpoint.structure import describe, rebuild
 from btc_jax.tree import flatten
 
 StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
+SUFFIX = ".safetensors"
+MAX_SHARDS = 500
+"""Files of one checkpoint; a reader has them all open."""
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | None = None) -> int:
@@ -28,12 +31,13 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         path: the file; one that exists is replaced.
         tree: any pytree of `BTCTensor`, jax and numpy arrays of every dtype, typed PRNG keys, Python numbers and text.
         max_shard_bytes: split the leaves into files of at most so many bytes of data (a leaf is never split), beside an
-            index `PATH.index.json` as on the Hugging Face hub; `load(path)` finds it.
+            index `PATH.index.json` as on the Hugging Face hub; `load(path)` finds it. `path` must end in
+            `.safetensors`.
 
     Raises:
         TypeError: a leaf or a key of the tree cannot be stored; the message names it.
-        ValueError: two leaves have one path, or there are too many leaves for one file.
-        OSError: it could not be written.
+        ValueError: two leaves have one path, or there are too many leaves for one file, or too many files.
+        OSError: it could not be written; a `BlockingIOError` if another process is writing it.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
@@ -50,14 +54,17 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
 
 
 def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:
-    """Writes stored leaves in the containers that `tree` describes. Arrays are only looked at one by one."""
-    if max_shard_bytes is not None:
-        return _write_shards(path, tree, leaves, max_shard_bytes)
-    with whole_file(path) as file:
-        size = _write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
-    _remove_shards(path, keep=())
-    index_of(path).unlink(missing_ok=True)
-    return size
+    """Writes stored leaves in the containers that `tree` describes. Arrays may be lazy: one is looked at at a time."""
+    _refuse_unreadable(path, tree, leaves)
+    with only_writer(path):
+        if max_shard_bytes is not None:
+            return _write_shards(path, tree, leaves, max_shard_bytes)
+        with whole_file(path) as file:
+            size = _write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
+        index_of(path).unlink(missing_ok=True)  # from here on the file is the checkpoint
+        flush_folder(path.parent)
+        _remove_shards(path, keep=())
+        return size
 
 
 def index_of(path: Path) -> Path:
@@ -79,13 +86,24 @@ def index_text(tree: Any, shards: Sequence[tuple[str, Manifest]]) -> str:
     return canonical({"metadata": metadata, "weight_map": {t.name: name for t, name in tensors}})
 
 
+def _refuse_unreadable(path: Path, tree: Any, leaves: Sequence[StoredLeaf]) -> None:
+    """Refuses, before anything is touched, what could be written but not read again."""
+    if index_of(path) == path:
+        raise ValueError(f"{path} is the name of an index; name the file without .index.json")
+    paths = [record.path for record, _ in leaves]
+    if len(set(paths)) < len(paths):
+        raise ValueError("two leaves of the tree have the same path; rename one")
+    rebuild(tree, paths)
+
+
 def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:
-    arrays = {t.name: array for record, parts in leaves for t, array in zip(record.tensors, parts, strict=True)}
+    places = {t.name: (arrays, i) for record, arrays in leaves for i, t in enumerate(record.tensors)}
     header = manifest.header()
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
     for tensor in manifest.tensors():
-        file.write(arrays[tensor.name].reshape(-1).view(np.uint8).data)
+        arrays, i = places[tensor.name]
+        file.write(arrays[i].reshape(-1).view(np.uint8).data)
     return file.tell()
 
 
@@ -93,17 +111,31 @@ def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard
     """New files under names of their own, then the index, which makes them the checkpoint, then away with the old."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path} must end in {SUFFIX} to be split into several files")
     groups = list(_grouped(leaves, max_shard_bytes))
     manifests = [Manifest(None, tuple(record for record, _ in group)) for group in groups]
     identity = crc32c("".join(manifest.text() for manifest in manifests).encode())
-    names = [f"{path.stem}-{identity}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    index, size = index_of(path), 0
-    with whole_file(index) as file:
-        for name, manifest, group in zip(names, manifests, groups, strict=True):
-            with whole_file(path.with_name(name)) as shard:
-                size += _write_file(shard, manifest, group)
-        size += file.write(index_text(tree, list(zip(names, manifests, strict=True))).encode())
-    path.unlink(missing_ok=True)
+    names = [f"{path.stem}-{identity}-{i:05d}-of-{len(groups):05d}{SUFFIX}" for i in range(1, len(groups) + 1)]
+    text = index_text(tree, list(zip(names, manifests, strict=True))).encode()
+    if len(groups) > MAX_SHARDS or len(text) > MAX_HEADER:
+        raise ValueError(
+            f"{len(leaves)} leaves in {len(groups)} files need an index of {len(text):,} bytes; at most {MAX_SHARDS} "
+            f"files and {MAX_HEADER:,} bytes can be read; raise max_shard_bytes, or save parts of the tree"
+        )
+    index, size = index_of(path), len(text)
+    fresh = [path.with_name(name) for name in names if not path.with_name(name).exists()]
+    try:
+        with whole_file(index) as file:
+            for name, manifest, group in zip(names, manifests, groups, strict=True):
+                with whole_file(path.with_name(name)) as shard:
+                    size += _write_file(shard, manifest, group)
+            file.write(text)
+    except BaseException:
+        for shard in fresh:
+            shard.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)  # the index comes first, so it is the checkpoint already
     _remove_shards(path, keep=names)
     return size
 
@@ -122,15 +154,12 @@ def _grouped(leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> Iterator[lis
 
 def _remove_shards(path: Path, keep: Sequence[str]) -> None:
     """Removes the files of earlier and of interrupted saves to the same path."""
-    ours = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}\.safetensors")
-    for file in path.parent.glob(f"*{_escaped(path.stem)}-*-of-*.safetensors*"):
-        name = file.name
-        if name == temporary_of(file).name:
-            continue
-        bare = name.removeprefix(".").removesuffix(".tmp") if name.startswith(".") else name
-        if ours.fullmatch(bare) and name not in keep:
+    temporary_of(path).unlink(missing_ok=True)
+    temporary_of(index_of(path)).unlink(missing_ok=True)
+    if path.suffix != SUFFIX:
+        return
+    shard = re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}" + re.escape(SUFFIX)
+    ours = re.compile(rf"{shard}|\.{shard}\.tmp")
+    for file in path.parent.iterdir():
+        if ours.fullmatch(file.name) and file.name not in keep:
             file.unlink(missing_ok=True)
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)

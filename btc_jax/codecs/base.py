@@ -47,6 +47,11 @@ class Codec(abc.ABC):
         """All widths a block of this codec can have, in bits, ascending."""
 
     @property
+    @abc.abstractmethod
+    def header_dtypes(self) -> dict[str, str]:
+        """Names and dtypes of the stored header arrays."""
+
+    @property
     def wide_bits(self) -> int:
         """The width from which reports call a block wide."""
         return self.widths[-1]

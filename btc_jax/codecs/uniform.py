@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from btc_jax._typing import Array, Bool, Float, UInt, UInt8
-from btc_jax._xla import divide, in_chunks
+from btc_jax._xla import divide, in_chunks, rounded
 from btc_jax.codecs.base import Codec, Coded
 
 _ROUND = 1.5 * 2**23
@@ -30,14 +30,16 @@ class Uniform(Codec):
     stores both extremes and one bit for the width: 33 bits a block with `float16` extremes.
 
     The minimum is rounded down and the maximum up to `header_dtype`, and the grid runs between the rounded values. So
-    nothing clips, and every weight comes back within half a step of its block.
+    nothing clips, and every weight comes back within half a step of its block, up to float32 rounding. (A block of a
+    range below 3e-36, of which a step is no normal float32, comes back as its minimum.) With float16 extremes a step is
+    never finer than their own grid near the weights, 6e-8 around zero.
 
     Args:
         block_size: weights per block, at least 2.
         low_bits: bits per weight of a smooth block, 1 to 7.
         high_bits: bits per weight of any other block, above `low_bits` and at most 8.
-        threshold: standard deviation from which a block is wide, in units of the weights. 0 makes every block wide,
-            infinity none.
+        threshold: standard deviation from which a block is wide, in units of the weights, 1e-18 or more to be told
+            apart in float32. 0 makes every block wide, infinity none.
         header_dtype: `"float16"` or `"float32"`; float16 holds weights up to 65504.
 
     Raises:
@@ -86,6 +88,11 @@ class Uniform(Codec):
     def wide_bits(self) -> int:
         return self.high_bits
 
+    @property
+    def header_dtypes(self) -> dict[str, str]:
+        extremes = {"minimum": self.header_dtype, "maximum": self.header_dtype}
+        return extremes if len(self.widths) == 1 else extremes | {"wide": "uint8"}
+
     def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
         wide, minimum, maximum = in_chunks(jax.vmap(self._statistics), blocks)
         widths, header = self._bits(wide), {"minimum": minimum, "maximum": maximum}
@@ -128,7 +135,7 @@ class Uniform(Codec):
         maximum = -_round_down(-block.max(), dtype)
         mean = block.mean()
         # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
-        in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & jnp.isfinite(mean)
+        in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & ~jnp.isnan(mean)
         minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
         if len(self.widths) == 1:
             return jnp.array(self.widths[0] == self.high_bits), minimum, maximum
@@ -139,7 +146,9 @@ class Uniform(Codec):
         """Equation 4 of one block, between the extremes of the header, so that encoder and decoder agree."""
         low, high = minimum.astype(jnp.float32), maximum.astype(jnp.float32)
         levels = jnp.where(wide, 2.0**self.high_bits - 1, 2.0**self.low_bits - 1)
-        return low, divide(high - low, levels)
+        step = divide(high - low, levels)
+        # Some devices keep steps below the normal numbers and some do not; so none does.
+        return low, jnp.where(step < jnp.finfo(jnp.float32).tiny, jnp.zeros_like(step), step)
 
     def _bits(self, wide: Bool[Array, " blocks"]) -> UInt8[Array, " blocks"]:
         return jnp.where(wide, jnp.uint8(self.high_bits), jnp.uint8(self.low_bits))
@@ -158,7 +167,7 @@ def _dequantize(codes: UInt[Array, "..."], low: Float[Array, ""], step: Float[Ar
 
 def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
     """The largest number of `dtype` that is not above `x`. Zero becomes -0.0, so that no header is all zero bits."""
-    y = x.astype(dtype)
+    y = rounded(x, dtype)
     y = jnp.where(y.astype(x.dtype) > x, jnp.nextafter(y, jnp.full_like(y, -jnp.inf)), y)
     return jnp.where(y == 0, jnp.full_like(y, -0.0), y)
 

@@ -1,0 +1,173 @@
+"""What differs between two checkpoints, compressed or dense, leaf by leaf: one leaf of each in memory at a time."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax.checkpoint import BTCFormatError, Checkpoint, open_checkpoint
+from btc_jax.metrics import Error, Measures, Storage, jsonable
+from btc_jax.sources import Source, open_source
+from btc_jax.tensor import is_packed
+
+_CHUNK = 2**22
+"""Weights that are compared at a time, in float64."""
+
+
+class Side:
+    """One of two checkpoints, compressed or dense, open for reading. A context manager.
+
+    Attributes:
+        leaves: shape and dtype of each leaf, by path.
+        read: the dense values of one leaf; packed leaves are decoded.
+    """
+
+    def __init__(self, opened: Checkpoint | Source):
+        self._opened = opened
+        self.leaves: Mapping[str, tuple[tuple[int, ...], str]]
+        self.read: Callable[[str], Any] = opened.read
+        if isinstance(opened, Checkpoint):
+            self.leaves = {path: (record.shape, record.dtype) for path, record in opened.records.items()}
+            self.read = lambda path: _dense(opened.read_numpy(path), opened.records[path].dtype)
+        else:
+            self.leaves = {leaf.path: (leaf.shape, leaf.dtype.name) for leaf in opened.leaves}
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._opened.close()
+
+
+def open_side(path: str | os.PathLike[str]) -> Side:
+    """A compressed checkpoint, or a dense one of any kind that `open_source` reads.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is neither, or damaged.
+    """
+    try:
+        return Side(open_checkpoint(path))
+    except BTCFormatError as error:
+        # What has a manifest of ours and cannot be read is damaged, and not something else.
+        if not Path(path).is_dir() and "no compressed checkpoint" not in str(error):
+            raise
+    return Side(open_source(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far the values of a leaf in the second checkpoint are from those in the first.
+
+    Attributes:
+        path: the leaf, or `all`.
+        equal: it has the same shape, dtype and values in both.
+        note: what else differs: it is in one of them only, its shape, or its dtype.
+        rmse, relative_rmse, sqnr_db, largest_error: as in `Measures`; `None` where there are no numbers to compare.
+    """
+
+    path: str
+    equal: bool
+    note: str = ""
+    rmse: float | None = None
+    relative_rmse: float | None = None
+    sqnr_db: float | None = None
+    largest_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Every leaf of two checkpoints.
+
+    Attributes:
+        leaves: leaves that cannot be compared first, then the others, the lowest sqnr first.
+        total: over all weights of the leaves that were compared.
+    """
+
+    leaves: tuple[Difference, ...]
+    total: Difference
+
+    @property
+    def different(self) -> tuple[Difference, ...]:
+        return tuple(leaf for leaf in self.leaves if not leaf.equal)
+
+    def to_json(self, limit: int | None = None) -> dict[str, Any]:
+        """The leaves that differ, at most `limit` of them, as plain JSON values; what is infinite becomes `None`."""
+        counts = {"equal": self.total.equal, "leaves": len(self.leaves), "different": len(self.different)}
+        return jsonable(counts | {"total": self.total, "differences": self.different[:limit]})
+
+
+def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None) -> Comparison:
+    """Compares `b` with `a`, the original.
+
+    Args:
+        on_leaf: called after each leaf with its path and its number of weights.
+
+    Example:
+        >>> import btc_jax, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, value in (("a", 1.0), ("b", 1.5)):
+        ...         _ = btc_jax.save(f"{folder}/{name}", {"same": jnp.ones(3), "other": jnp.full(3, value)})
+        ...     with open_side(f"{folder}/a") as a, open_side(f"{folder}/b") as b:
+        ...         found = compare(a, b)
+        >>> [(leaf.path, leaf.rmse) for leaf in found.different]
+        [('other', 0.5)]
+    """
+    leaves, total, weights = [], Error(), 0
+    for path in dict.fromkeys((*a.leaves, *b.leaves)):
+        leaf, error, size = _compared(path, a, b)
+        leaves.append(leaf)
+        total, weights = total + error, weights + size
+        if on_leaf:
+            on_leaf(path, size)
+    leaves.sort(key=lambda leaf: (leaf.sqnr_db is not None, leaf.sqnr_db, leaf.path))
+    return Comparison(tuple(leaves), _difference("all", all(leaf.equal for leaf in leaves), "", total, weights))
+
+
+def _compared(path: str, a: Side, b: Side) -> tuple[Difference, Error, int]:
+    if path not in a.leaves or path not in b.leaves:
+        return Difference(path, False, f"only in the {'first' if path in a.leaves else 'second'}"), Error(), 0
+    (shape, dtype), (other, cast) = a.leaves[path], b.leaves[path]
+    note = "" if dtype == cast else f"{dtype}, then {cast}"
+    if shape != other:
+        return Difference(path, False, f"shape {list(shape)}, then {list(other)}"), Error(), 0
+    x, y = a.read(path), b.read(path)
+    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
+        same = not note and x == y
+        return Difference(path, same, note or ("" if same else "the values differ")), Error(), 0
+    error, same = _error(x, y)
+    return _difference(path, same and not note, note, error, x.size), error, x.size
+
+
+def _difference(path: str, equal: bool, note: str, error: Error, weights: int) -> Difference:
+    m = Measures.of(Storage(weights=weights), error)
+    return Difference(path, equal, note, m.rmse, m.relative_rmse, m.sqnr_db, m.largest_error)
+
+
+def _error(a: np.ndarray, b: np.ndarray) -> tuple[Error, bool]:
+    """The error of `b`, and whether all values are the same. NaN equals NaN; finite and not is infinitely far."""
+    total, same = Error(), True
+    wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
+    for i in range(0, a.size, _CHUNK):
+        x, y = (np.reshape(values, -1)[i : i + _CHUNK] for values in (a, b))
+        equal = (x == y) | ((x != x) & (y != y))
+        x, y = x.astype(wide), y.astype(wide)
+        e = np.abs(np.where(equal, 0, np.where(np.isfinite(x) & np.isfinite(y), x, np.inf) - np.where(equal, 0, y)))
+        w = np.abs(np.where(np.isfinite(x), x, 0))
+        total += Error(float(np.square(w).sum()), float(np.square(e).sum()), float(e.max()))
+        same = same and bool(equal.all())
+    return total, same
+
+
+def _dense(leaf: Any, dtype: str) -> Any:
+    """The numbers of a leaf in numpy, in its own dtype; jax alone would cut 64 bits to 32."""
+    if is_packed(leaf):
+        with np.errstate(over="ignore"):
+            return np.asarray(leaf.dequantize(np.float32)).astype(jnp.dtype(dtype))
+    return np.asarray(jax.random.key_data(leaf)) if isinstance(leaf, jax.Array) else leaf
