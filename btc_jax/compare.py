@@ -1,6 +1,7 @@
 """What differs between two checkpoints, compressed or dense, leaf by leaf: one leaf of each in memory at a time."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,11 @@ class Side:
             self.read = lambda path: _dense(opened.read_numpy(path), opened.records[path].dtype)
         else:
             self.leaves = {leaf.path: (leaf.shape, leaf.dtype.name) for leaf in opened.leaves}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves when dense."""
+        return sum(dense_nbytes(*leaf) for leaf in self.leaves.values())
 
     def __enter__(self) -> "Side":
         return self
@@ -87,7 +93,7 @@ class Comparison:
 
     Attributes:
         leaves: leaves that cannot be compared first, then the others, the lowest sqnr first.
-        total: over all weights of the leaves that were compared.
+        total: over all weights of the leaves that differ and could be compared.
     """
 
     leaves: tuple[Difference, ...]
@@ -99,15 +105,24 @@ class Comparison:
 
     def to_json(self, limit: int | None = None) -> dict[str, Any]:
         """The leaves that differ, at most `limit` of them, as plain JSON values; what is infinite becomes `None`."""
-        counts = {"equal": self.total.equal, "leaves": len(self.leaves), "different": len(self.different)}
-        return jsonable(counts | {"total": self.total, "differences": self.different[:limit]})
+        different = self.different
+        counts = {"different_leaves": len(different), "equal_leaves": len(self.leaves) - len(different)}
+        return jsonable({"equal": not different} | counts | {"total": self.total, "leaves": different[:limit]})
+
+
+def dense_nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a dense leaf; 0 for what is no array of numbers."""
+    try:
+        return math.prod(shape) * jnp.dtype(dtype).itemsize
+    except TypeError:
+        return 0
 
 
 def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None) -> Comparison:
     """Compares `b` with `a`, the original.
 
     Args:
-        on_leaf: called after each leaf with its path and its number of weights.
+        on_leaf: called after each leaf of `a` with its path and its bytes when dense.
 
     Example:
         >>> import btc_jax, tempfile
@@ -123,9 +138,10 @@ def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None)
     for path in dict.fromkeys((*a.leaves, *b.leaves)):
         leaf, error, size = _compared(path, a, b)
         leaves.append(leaf)
-        total, weights = total + error, weights + size
-        if on_leaf:
-            on_leaf(path, size)
+        if not leaf.equal:
+            total, weights = total + error, weights + size
+        if on_leaf and path in a.leaves:
+            on_leaf(path, dense_nbytes(*a.leaves[path]))
     leaves.sort(key=lambda leaf: (leaf.sqnr_db is not None, leaf.sqnr_db, leaf.path))
     return Comparison(tuple(leaves), _difference("all", all(leaf.equal for leaf in leaves), "", total, weights))
 
@@ -151,16 +167,18 @@ def _difference(path: str, equal: bool, note: str, error: Error, weights: int) -
 
 
 def _error(a: np.ndarray, b: np.ndarray) -> tuple[Error, bool]:
-    """The error of `b`, and whether all values are the same. NaN equals NaN; finite and not is infinitely far."""
+    """The error of `b`, and whether all values are the same. NaN equals NaN; from a number it is infinitely far."""
     total, same = Error(), True
     wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
     for i in range(0, a.size, _CHUNK):
         x, y = (np.reshape(values, -1)[i : i + _CHUNK] for values in (a, b))
+        if a.dtype != b.dtype:
+            x, y = x.astype(wide), y.astype(wide)
         equal = (x == y) | ((x != x) & (y != y))
-        x, y = x.astype(wide), y.astype(wide)
-        e = np.abs(np.where(equal, 0, np.where(np.isfinite(x) & np.isfinite(y), x, np.inf) - np.where(equal, 0, y)))
-        w = np.abs(np.where(np.isfinite(x), x, 0))
-        total += Error(float(np.square(w).sum()), float(np.square(e).sum()), float(e.max()))
+        with np.errstate(invalid="ignore", over="ignore"):
+            w, e = np.abs(x.astype(wide)), np.abs(x.astype(wide) - y.astype(wide))
+            w, e = np.where(np.isfinite(w), w, 0), np.where(equal, 0, np.where(np.isfinite(e), e, np.inf))
+            total += Error(float(np.square(w).sum()), float(np.square(e).sum()), float(e.max()))
         same = same and bool(equal.all())
     return total, same
 

@@ -215,7 +215,15 @@ def _policy(source: Source, codec: Codec | None, policy: Policy | None) -> Polic
 
 
 def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
-    """Nested dicts of shapes and dtypes, by the paths of leaves."""
+    """Nested dicts of shapes and dtypes, by the paths of leaves.
+
+    Raises:
+        ValueError: two paths conflict, or the source is a compressed checkpoint.
+    """
+    if any(leaf.path.endswith("#plane0") for leaf in leaves):
+        raise ValueError(
+            "the source is a compressed checkpoint already; restore it first to compress it in another way"
+        )
     tree: dict[str, Any] = {}
     for leaf in leaves:
         *folders, name = leaf.path.split("/")

@@ -179,7 +179,6 @@ class TestDamage:
             flip(file, place, bit)
         assert_same(restored(item), expected)
         gc.collect()  # what Orbax left behind, while its warnings are ignored
-        print(found)
         assert found["ours"] >= 15
         assert found["orbax"] >= 5
 

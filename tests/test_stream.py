@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from safetensors.numpy import load_file, save_file
 
 import btc_jax
@@ -196,3 +196,18 @@ def test_a_python_number_cannot_be_restored_to_safetensors(tmp_path):
     with pytest.raises(ValueError, match="rate is float; a safetensors file cannot hold that"):
         restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert not (tmp_path / "dense.safetensors").exists()
+
+
+def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
+    compress_file(source, tmp_path / "q.safetensors")
+    with pytest.raises(ValueError, match="compressed checkpoint already"):
+        compress_file(tmp_path / "q.safetensors", tmp_path / "again.safetensors")
+
+
+def test_an_nnx_state_in_an_orbax_folder(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    state = nnx.state(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", state)
+    assert compress_file(tmp_path / "orbax", tmp_path / "q.safetensors").packed == 1
+    assert set(btc_jax.load(tmp_path / "q.safetensors")) == {"kernel", "bias"}

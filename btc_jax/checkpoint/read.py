@@ -1,6 +1,7 @@
 """Loading: a file of which nothing is believed before it was checked, leaf by leaf."""
 
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -12,12 +13,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError
+from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, refusing
 from btc_jax.checkpoint.files import crc32c, read_at
 from btc_jax.checkpoint.leaves import from_arrays
 from btc_jax.checkpoint.manifest import MAX_HEADER, LeafRecord, Manifest, Tensor, open_signed, parse_header, parse_json
 from btc_jax.checkpoint.structure import rebuild
-from btc_jax.checkpoint.write import index_of, index_text, real_path
+from btc_jax.checkpoint.write import MAX_SHARDS, SUFFIX, index_of, index_text, real_path
 from btc_jax.tensor import is_packed
 from btc_jax.tree import flatten
 
@@ -29,6 +30,8 @@ class _File:
     """One open safetensors file with a manifest of ours."""
 
     def __init__(self, path: Path):
+        if path.exists() and not path.is_file():
+            raise BTCFormatError(f"{path} is a folder, or no file of bytes; name a file")
         self.path = path
         self.handle = os.open(path, os.O_RDONLY)
         try:
@@ -85,6 +88,11 @@ class Checkpoint:
         for file in self._files:
             os.close(file.handle)
         self._files = ()
+
+    def check_tree(self) -> "Checkpoint":
+        """Refuses a tree that does not take each leaf once, before any leaf is read."""
+        self.build(list(self.records))
+        return self
 
     @property
     def nbytes(self) -> int:
@@ -145,14 +153,16 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         ...         print(list(checkpoint.records), checkpoint.read("b"))
         ['a/kernel', 'b'] [0. 0. 0. 0.]
     """
-    path = real_path(path)
-    index = index_of(path)
-    if index.exists():
+    # The hub's cache has links to files of other names, so an index that is there is taken as it is named.
+    index = next((i for i in (index_of(Path(path)), index_of(real_path(path))) if i.is_file()), None)
+    if index is not None:
         return _open_index(index)
-    if path.is_dir():
-        raise BTCFormatError(f"{path} is a folder; name the file in it")
-    file = _File(path)
-    return _checked(Checkpoint(path, [file], file.manifest.tree))
+    file = _File(real_path(path))
+    try:
+        return Checkpoint(file.path, [file], file.manifest.tree).check_tree()
+    except BaseException:
+        os.close(file.handle)
+        raise
 
 
 def load(
@@ -184,6 +194,8 @@ def load(
         ValueError: it does not fit `like` (every leaf that is missing, extra, or different is listed), or `select`
             matches nothing.
     """
+    if like is not None and select is not None:
+        raise ValueError("both like and select are given; select returns a flat dict, so leave out one")
     with open_checkpoint(path) as checkpoint:
         paths = list(checkpoint.records) if select is None else _selected(checkpoint, select)
         treedef = None if like is None else _fitting(checkpoint, like)
@@ -247,9 +259,10 @@ def _open_index(path: Path) -> Checkpoint:
             if crc32c(manifest.text().encode()) != crc or len(manifest.leaves) != count:
                 raise BTCIntegrityError(f"{path}: {name} is not the file that was saved with this index")
         named = [(name, file.manifest) for (name, _, _), file in zip(shards, files, strict=True)]
-        if index_text(fields.get("tree"), named).encode() != data:
-            raise BTCIntegrityError(f"{path} does not say what its files hold; it is damaged or forged")
-        return _checked(Checkpoint(path, files, fields.get("tree")))
+        with refusing(f"{path}: the manifest"):
+            if index_text(fields.get("tree"), named).encode() != data:
+                raise BTCIntegrityError(f"{path} does not say what its files hold; it is damaged or forged")
+        return Checkpoint(path, files, fields.get("tree")).check_tree()
     except BaseException:
         for file in files:
             os.close(file.handle)
@@ -259,8 +272,11 @@ def _open_index(path: Path) -> Checkpoint:
 def _listed(shards: Any, path: Path) -> list[tuple[str, str, int]]:
     if not isinstance(shards, list) or not all(isinstance(entry, list) and len(entry) == 3 for entry in shards):
         raise BTCFormatError(f"{path}: its list of files is malformed")
-    for name, _, _ in shards:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+    if len(shards) > MAX_SHARDS or len({str(name) for name, _, _ in shards}) < len(shards):
+        raise BTCFormatError(f"{path} names a file twice, or more than {MAX_SHARDS} files")
+    for name, crc, count in shards:
+        plain = isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)
+        if not plain or "\0" in name or not isinstance(crc, str) or type(count) is not int:
             raise BTCFormatError(f"{path} names the file {str(name)[:60]!r}, which is not one in its own folder")
     return [(name, crc, count) for name, crc, count in shards]
 
@@ -268,18 +284,10 @@ def _listed(shards: Any, path: Path) -> list[tuple[str, str, int]]:
 def _open_shard(index: Path, name: str) -> _File:
     try:
         return _File(index.with_name(name))
-    except FileNotFoundError as error:
-        raise BTCFormatError(f"{index} names the file {name}, which is missing beside it") from error
-
-
-def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Refuses a tree that does not take each leaf once, before any leaf is read."""
-    try:
-        checkpoint.build(list(checkpoint.records))
-    except BaseException:
-        checkpoint.close()
-        raise
-    return checkpoint
+    except (OSError, UnicodeEncodeError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise BTCFormatError(f"{index} names the file {name[:60]!a}, which is missing beside it") from error
 
 
 def _placed(leaf: Any, dense: bool, device: Device | None) -> Any:
@@ -287,9 +295,9 @@ def _placed(leaf: Any, dense: bool, device: Device | None) -> Any:
         target = NamedSharding(device.mesh, PartitionSpec()) if isinstance(device, NamedSharding) else device
         packed = jax.device_put(leaf, target)
         return jax.device_put(packed.dequantize(), device) if dense else packed
-    if not isinstance(leaf, np.ndarray | jax.Array) or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+    if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         return leaf  # 64-bit numbers stay in numpy where jax would cut them to 32
-    return jax.device_put(leaf, device)
+    return jax.device_put(leaf, device) if isinstance(leaf, np.ndarray | jax.Array) else leaf
 
 
 def _selected(checkpoint: Checkpoint, select: str | Iterable[str]) -> list[str]:

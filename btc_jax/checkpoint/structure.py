@@ -12,10 +12,13 @@ import jax
 from flax import nnx
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.errors import BTCFormatError
+from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.tensor import is_packed
 
 MAX_DEPTH = 200
+MAX_NAMED = 256
+"""Kinds of named tuples in a tree, and fields of each: making their classes takes time."""
+
 _KINDS = ("dict", "list", "tuple", "namedtuple", "state", "variable", "object")
 _VARIABLES = {
     name: getattr(nnx, name)
@@ -43,7 +46,8 @@ def rebuild(node: Any, leaves: list[Any]) -> PyTree:
         BTCFormatError: the node is malformed, or does not take each leaf once, in order.
     """
     numbers = iter(range(len(leaves)))
-    tree = _rebuild(node, leaves, numbers, 0)
+    with refusing("the tree of the manifest"):
+        tree = _rebuild(node, leaves, numbers, {}, 0)
     if next(numbers, None) is not None:
         raise BTCFormatError("the tree of the manifest leaves out some of its leaves")
     return tree
@@ -73,7 +77,8 @@ def _kind(tree: PyTree) -> tuple[str, str]:
         return "dict", ""
     if type(tree) in (list, tuple):
         return type(tree).__name__, ""
-    return ("namedtuple" if isinstance(tree, tuple) else "object"), type(tree).__name__
+    named = isinstance(tree, tuple) and hasattr(tree, "_fields")
+    return ("namedtuple" if named else "object"), type(tree).__name__
 
 
 def _key(key: Any) -> str | int:
@@ -84,7 +89,7 @@ def _key(key: Any) -> str | int:
     raise TypeError(f"the key {key} of a container is neither text nor a whole number; such a tree cannot be stored")
 
 
-def _rebuild(node: Any, leaves: list[Any], numbers: Iterator[int], depth: int) -> PyTree:
+def _rebuild(node: Any, leaves: list[Any], numbers: Iterator[int], named: dict[Any, Any], depth: int) -> PyTree:
     if node is None:
         return None
     if type(node) is int:
@@ -92,22 +97,24 @@ def _rebuild(node: Any, leaves: list[Any], numbers: Iterator[int], depth: int) -
             raise BTCFormatError(f"the tree of the manifest has leaf {node} out of its turn")
         return leaves[node]
     kind, name, keys, nodes = _checked(node, depth)
-    items = [_rebuild(item, leaves, numbers, depth + 1) for item in nodes]
+    items = [_rebuild(item, leaves, numbers, named, depth + 1) for item in nodes]
     if kind in ("list", "tuple"):
         return tuple(items) if kind == "tuple" else items
     if kind == "variable":
         return _VARIABLES.get(name, nnx.Variable)(items[0])
     if kind == "namedtuple":
-        return _named_tuple(name, keys, items)
+        return _named_tuple(name, tuple(keys), named)(*items)
     pairs = dict(zip(keys, items, strict=True))
     return nnx.State(pairs) if kind == "state" else pairs
 
 
-def _named_tuple(name: str, keys: list[Any], items: list[Any]) -> PyTree:
-    try:
-        return collections.namedtuple(name, keys)(*items)
-    except (TypeError, ValueError) as error:
-        raise BTCFormatError(f"the tree of the manifest has an impossible named tuple: {str(error)[:100]}") from error
+def _named_tuple(name: str, fields: tuple[Any, ...], named: dict[Any, Any]) -> Any:
+    """The class of named tuples with this name and these fields, made once."""
+    if (name, fields) not in named:
+        if len(named) == MAX_NAMED or len(fields) > MAX_NAMED:
+            raise BTCFormatError(f"the tree of the manifest has named tuples of more than {MAX_NAMED} kinds or fields")
+        named[name, fields] = collections.namedtuple(name, fields)
+    return named[name, fields]
 
 
 def _checked(node: Any, depth: int) -> tuple[str, str, list[Any], list[Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from btc_jax._typing import PyTree
 from btc_jax.checkpoint.files import crc32c, flush_folder, only_writer, temporary_of, whole_file
 from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import MAX_HEADER, VERSION, LeafRecord, Manifest, canonical, signed
+from btc_jax.checkpoint.manifest import MAX_HEADER, VERSION, LeafRecord, Manifest, canonical, parse_header, signed
 from btc_jax.checkpoint.structure import describe, rebuild
 from btc_jax.tree import flatten
 
@@ -99,6 +99,8 @@ def _refuse_unreadable(path: Path, tree: Any, leaves: Sequence[StoredLeaf]) -> N
 def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:
     places = {t.name: (arrays, i) for record, arrays in leaves for i, t in enumerate(record.tensors)}
     header = manifest.header()
+    # What could not be read again is not written.
+    parse_header(header, sum(tensor.nbytes for tensor in manifest.tensors()), "the checkpoint")
     file.write(len(header).to_bytes(8, "little"))
     file.write(header)
     for tensor in manifest.tensors():

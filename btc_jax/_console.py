@@ -1,0 +1,104 @@
+"""What a command line shows: results on stdout, progress on stderr, and any error as one line there."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from btc_jax.metrics import jsonable
+
+_ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
+_IN_SHELL = (
+    (r"Name the leaves in a policy.*", "Name leaves with --rule '*weight=64', or lower --min-size"),
+    (r"Rule\('(.*?)', None\)", r"--rule '\1=dense'"),
+    (r"it is no compressed checkpoint$", "it is no compressed checkpoint; `btc quantize` makes one"),
+)
+"""What messages for programmers are at a prompt."""
+
+
+class OneLineErrors(TyperGroup):
+    """All errors at one place: one line that says what to do, and the exit code."""
+
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
+        args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        try:
+            with self.make_context("btc", args) as context:
+                code = self.invoke(context)
+            sys.stdout.flush()
+        except typer.Exit as done:
+            code = done.exit_code
+        except KeyboardInterrupt:
+            again = "goes on where it stopped" if "quantize" in args[:1] else "starts it again"
+            code = _fail(f"interrupted; the same command {again}", 130)
+        except BrokenPipeError:
+            code = _nobody_reads()
+        except _ClickException as error:
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "btc"
+            code = _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+        except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
+            code = _fail(_sentence(error), 2)
+        sys.exit(code or 0)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar with throughput on a terminal; yields what is to be called after each leaf."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda _, size: bar.advance(task, size)
+
+
+def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> None:
+    """The document as JSON, or lines and tables, which are made only then. A pipe gets lines as long as they come."""
+    if as_json:
+        return typer.echo(json.dumps(jsonable(document), allow_nan=False))
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if narrow else 10_000)
+    for item in shown:
+        if isinstance(item, str):
+            typer.echo(plain(item))
+            continue
+        with console.capture() as captured:
+            console.print(item())
+        typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"btc: {plain(message)}", err=True)
+    return code
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist; check the path"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
+    for python, shell in _IN_SHELL:
+        text = re.sub(python, shell, text)
+    return text
+
+
+def plain(text: str) -> str:
+    """One line without control characters: names in a file are its author's, and a terminal obeys what it is sent."""
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _nobody_reads() -> int:
+    """The reader of a pipe left, as `head` does: not an error, and nothing is left to flush."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141

@@ -1,0 +1,311 @@
+"""The command `btc`: it parses and calls. What it prints, and how it fails, is in `_console`."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btc_jax import __version__
+from btc_jax._console import OneLineErrors, plain, progress, show
+from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
+from btc_jax.checkpoint import verify as verify_checkpoint
+from btc_jax.checkpoint.write import index_of
+from btc_jax.codecs import Uniform
+from btc_jax.compare import Difference, compare, dense_nbytes, open_side
+from btc_jax.policy import Policy, Rule
+from btc_jax.report import comparison_table, plan_table
+from btc_jax.sources import open_source
+from btc_jax.stream import compress_file, file_policy, plan_file, restore_file
+
+_EXIT = "Exit codes: {}, 2 wrong usage, file or pattern, 130 interrupted."
+_DONE = _EXIT.format("0 done")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXIT.format("0 done, 1 `verify` found damage or `diff` a difference"),
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A .safetensors file, a folder of them with its index, an .npz, a Flax .msgpack, or an Orbax folder.",
+    ),
+]
+File = Annotated[Path, typer.Argument(help="A compressed checkpoint.")]
+Target = Annotated[Path, typer.Argument(help="The file to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Replace TARGET if it exists.")]
+BlockSize = Annotated[int, typer.Option(help="Weights per block.")]
+LowBits = Annotated[int, typer.Option(help="Bits per weight of a smooth block, 1 to 7.")]
+HighBits = Annotated[int, typer.Option(help="Bits per weight of any other block, up to 8.")]
+Threshold = Annotated[float, typer.Option(help="Standard deviation from which a block is not smooth; 'inf' for never.")]
+HeaderDtype = Annotated[str, typer.Option(metavar="float16|float32", help="What the extremes of blocks are stored in.")]
+MinSize = Annotated[int, typer.Option(help="Fewest weights of a leaf that is taken without a rule.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="PATTERN=dense|BLOCKSIZE",
+        help="Leave leaves dense, or give them another block size. PATTERN is a glob over the whole path, or a regular "
+        "expression after 're:'. May be repeated; the first that matches a leaf decides.",
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"btc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Show the version and exit.")] = False,
+):
+    """Makes the weights of a trained model 4 to 8 times smaller: no data, no training.
+
+    \b
+    btc plan model.safetensors                   what would be done
+    btc quantize model.safetensors small.btc     do it
+    btc inspect small.btc                        what is in it
+    btc verify small.btc                         is it whole?
+    btc diff model.safetensors small.btc         what it cost in accuracy
+    btc restore small.btc plain.safetensors      back to plain safetensors
+    """
+
+
+@app.command(epilog=_DONE)
+def plan(
+    source: Source,
+    block_size: BlockSize = 64,
+    low_bits: LowBits = 4,
+    high_bits: HighBits = 8,
+    threshold: Threshold = 0.05,
+    header_dtype: HeaderDtype = "float16",
+    rule: Rules = None,
+    min_size: MinSize = Policy.min_size,
+    as_json: AsJson = False,
+):
+    """What would be done to each leaf, and how large the result is.
+
+    Leaves that stay dense have a reason. No values are read.
+
+    \b
+    btc plan model.safetensors
+    btc plan model.safetensors --block-size 32 --rule '*embed*=dense'
+    """
+    codec = Uniform(block_size, low_bits, high_bits, threshold, header_dtype)
+    policy, _ = _policy_and_bytes(source, codec, rule, min_size)
+    found = plan_file(source, policy=policy)
+    rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
+    show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name))
+
+
+@app.command(epilog=_DONE)
+def quantize(
+    source: Source,
+    target: Target,
+    block_size: BlockSize = 64,
+    low_bits: LowBits = 4,
+    high_bits: HighBits = 8,
+    threshold: Threshold = 0.05,
+    header_dtype: HeaderDtype = "float16",
+    rule: Rules = None,
+    min_size: MinSize = Policy.min_size,
+    max_shard_bytes: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Split TARGET into files of at most 500MB, 2GiB, 1000000, ...")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+):
+    """Compresses a checkpoint leaf by leaf. If it is stopped, the same command goes on where it was.
+
+    \b
+    btc quantize model.safetensors small.btc
+    btc quantize hf_folder/ small.btc --max-shard-bytes 2GB
+    btc quantize model.npz small.btc --rule '*/head/*=dense' --rule '*attn*=32'
+    """
+    codec = Uniform(block_size, low_bits, high_bits, threshold, header_dtype)
+    shard = _bytes(max_shard_bytes) if max_shard_bytes else None
+    _check_target(source, target, force)
+    policy, total = _policy_and_bytes(source, codec, rule, min_size)
+    with progress("quantizing", total) as on_leaf:
+        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf)
+    ratio = done.bytes_before / max(done.bytes_after, 1)
+    resumed = f", {done.resumed} of them by an earlier run" if done.resumed else ""
+    show(
+        as_json,
+        {"target": str(target), **dataclasses.asdict(done)},
+        f"{target}: {done.bytes_before:,} to {done.bytes_after:,} bytes, {ratio:.2f} times smaller; "
+        f"{done.packed} of {done.leaves} leaves packed{resumed}, {done.seconds:.1f} s",
+    )
+
+
+@app.command(epilog=_DONE)
+def inspect(file: File, as_json: AsJson = False):
+    """How the leaves of a compressed checkpoint are stored.
+
+    Bits are effective ones: all that is stored, over the number of weights. Errors are shown where the file has them.
+
+    \b
+    btc inspect small.btc
+    btc inspect small.btc --json | jq '.leaves[] | select(.kind == "packed") | .path'
+    """
+    with open_checkpoint(file) as checkpoint:
+        leaves = [_described(record) for record in checkpoint.records.values()]
+    total = {name: sum(leaf[name] for leaf in leaves) for name in ("weights", "bytes_before", "bytes")}
+    packed = sum(leaf["kind"] == "packed" for leaf in leaves)
+    text = f"{len(leaves)} leaves, {packed} of them packed, {total['weights']:,} weights: "
+    text += f"{total['bytes']:,} bytes, {total['bytes_before']:,} before"
+    document = {"file": str(file), "packed": packed, **total, "leaves": leaves}
+    show(as_json, document, lambda: comparison_table(map(_inspect_row, leaves), file.name), text)
+
+
+@app.command(epilog=_EXIT.format("0 whole, 1 damaged or no compressed checkpoint"))
+def verify(file: File, as_json: AsJson = False) -> int:
+    """Compares all of a compressed checkpoint with its checksums.
+
+    If it is damaged, what is wrong is listed, a line for each leaf.
+
+    \b
+    btc verify small.btc && cp small.btc /backup
+    """
+    try:
+        found = verify_checkpoint(file)
+    except BTCFormatError as error:
+        if file.is_dir():
+            raise
+        found = Verification(0, 0, (str(error),))  # its header is damaged
+    state = f"{len(found.damaged)} damaged; get it from a copy, or make it again" if found.damaged else "all whole"
+    text = f"{file}: {found.leaves} leaves, {found.nbytes:,} bytes, {state}"
+    show(as_json, {"file": str(file), "ok": found.ok, **dataclasses.asdict(found)}, *found.damaged, text)
+    return 0 if found.ok else 1
+
+
+@app.command(epilog=_EXIT.format("0 the same, 1 different"))
+def diff(
+    a: Annotated[Path, typer.Argument(help="The original: a compressed checkpoint, or any SOURCE.")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it, of the same kinds.")],
+    limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Only the N worst leaves.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """The error of each leaf of B against A, worst first.
+
+    Leaves of equal shape, dtype and values are only counted.
+
+    \b
+    btc diff model.safetensors small.btc --limit 10
+    btc diff old.btc new.btc && echo the same
+    """
+    with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
+        found = compare(one, other, on_leaf)
+    rows = [*map(_diff_row, found.different[:limit]), _diff_row(found.total)]
+    text = f"{len(found.different)} of {len(found.leaves)} leaves differ"
+    table = [lambda: comparison_table(rows, f"{b.name} against {a.name}")] if found.different else []
+    show(as_json, {"a": str(a), "b": str(b), **found.to_json(limit)}, *table, text)
+    return 1 if found.different else 0
+
+
+@app.command(epilog=_DONE)
+def restore(file: File, target: Target, force: Force = False, as_json: AsJson = False):
+    """Decodes a compressed checkpoint into plain safetensors.
+
+    The names and dtypes are the original ones.
+
+    \b
+    btc restore small.btc plain.safetensors
+    """
+    _check_target(file, target, force)
+    with open_checkpoint(file) as checkpoint:
+        total = sum(dense_nbytes(record.shape, record.dtype) for record in checkpoint.records.values())
+    with progress("restoring", total) as on_leaf:
+        size = restore_file(file, target, on_leaf=on_leaf)
+    show(as_json, {"target": str(target), "bytes": size}, f"{target}: {size:,} bytes")
+
+
+def _policy_and_bytes(source: Path, codec: Uniform, rules: list[str] | None, min_size: int) -> tuple[Policy, int]:
+    """The default policy for the source with the user's rules, and the bytes of its leaves."""
+    own = tuple(_rule(text, codec) for text in rules or ())
+    with open_source(source) as opened:
+        policy = file_policy(codec, torch_layout=opened.torch_layout)
+        total = sum(dense_nbytes(leaf.shape, leaf.dtype.name) for leaf in opened.leaves)
+    return dataclasses.replace(policy, rules=own, min_size=min_size), total
+
+
+def _rule(text: str, codec: Uniform) -> Rule:
+    pattern, _, how = text.rpartition("=")
+    if not pattern or not (how == "dense" or how.isdecimal()):
+        raise ValueError(f"--rule {text!r} is not PATTERN=dense or PATTERN=BLOCKSIZE, such as '*/head/*=dense'")
+    return Rule(pattern, None if how == "dense" else dataclasses.replace(codec, block_size=int(how)))
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}\.?\d{0,6}) ?([A-Za-z]*)", text, re.ASCII)
+    if not match or not (size := int(float(match[1]) * _UNITS.get(match[2].upper(), 0))):
+        raise ValueError(f"--max-shard-bytes {text!r} is no size of 1 byte or more, such as 500MB, 2GiB or 1000000")
+    return size
+
+
+def _check_target(source: Path, target: Path, force: bool) -> None:
+    """Refuses a target that cannot be, or must not be, written, before any work is done."""
+    real, origin = target.resolve(), source.resolve()
+    if origin in (real, index_of(real), *real.parents):
+        raise ValueError(f"{target} would be written over or into {source}; name another file")
+    if real.exists() and not real.is_file():
+        raise ValueError(f"{target} is no regular file; name a file")
+    if not real.parent.is_dir():
+        raise ValueError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
+    if not force and (real.exists() or index_of(real).exists()):
+        raise ValueError(f"{target} exists; add --force to replace it, or name another file")
+
+
+def _described(record: LeafRecord) -> dict[str, Any]:
+    packed, weights = record.kind == "packed", math.prod(record.shape)
+    return {
+        **{"path": record.path, "kind": record.kind, "shape": record.shape, "dtype": record.dtype, "weights": weights},
+        **{name: record.details.get(name) for name in ("codec", "order", "error")},
+        "effective_bits": 8 * record.nbytes / weights if weights else None,
+        "bytes_before": dense_nbytes(record.shape, record.dtype) if packed else record.nbytes,
+        "bytes": record.nbytes,
+    }
+
+
+def _inspect_row(leaf: dict[str, Any]) -> dict[str, Any]:
+    codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
+    stored = f"{codec.get('id')} {codec.get('block_size')}" if isinstance(codec, dict) else leaf["kind"]
+    row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
+    row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
+    if isinstance(error, dict):
+        row["SQNR dB"] = _figure(error.get("sqnr_db"), ".2f")
+    return {name: plain(str(value or "")) for name, value in row.items()}
+
+
+def _diff_row(leaf: Difference) -> dict[str, str]:
+    figures = {
+        "rmse": leaf.rmse,
+        "rel. rmse": leaf.relative_rmse,
+        "SQNR dB": leaf.sqnr_db,
+        "largest": leaf.largest_error,
+    }
+    formats = {"rel. rmse": ".2%", "SQNR dB": ".2f"}
+    cells = {
+        name: "" if leaf.rmse is None else _figure(figure, formats.get(name, ".3g")) for name, figure in figures.items()
+    }
+    return {"leaf": plain(leaf.path), **cells, "reason": plain(leaf.note)}
+
+
+def _figure(value: Any, how: str) -> str:
+    return format(value, how) if isinstance(value, int | float) else "inf"
+
+
+if __name__ == "__main__":
+    app()

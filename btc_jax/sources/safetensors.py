@@ -1,0 +1,89 @@
+"""safetensors files, one or the shards of a Hugging Face index."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btc_jax.sources.base import AGAIN, DTYPES, MAX_HEADER, Source, SourceLeaf, leaf_of, nbytes_of, parse_json, readable
+
+
+class SafetensorsSource(Source):
+    """One safetensors file, or the shards of an index. Plain reads: no page of a mapping stays in memory."""
+
+    def __init__(self, file: Path, shards: Sequence[Path] = ()):
+        self._shards = shards
+        self.places: dict[str, tuple[Path, int]] = {}
+        super().__init__(file)
+
+    def _files(self) -> Sequence[Path]:
+        return [self.file, *self._shards]
+
+    def _scan(self) -> Iterator[SourceLeaf]:
+        for shard in self._shards or [self.file]:
+            for leaf, offset in _read_header(shard):
+                self.places[leaf.path] = shard, offset
+                yield leaf
+
+    def _read(self, leaf: SourceLeaf) -> np.ndarray:
+        file, offset = self.places[leaf.path]
+        values = np.empty(nbytes_of(leaf), np.uint8)
+        rest = values.data
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            while rest:
+                count = stream.readinto(rest)
+                if not count:
+                    raise ValueError(f"{file} ends inside of {leaf.path}: it was cut after it was opened; {AGAIN}")
+                rest = rest[count:]
+        return values.view(leaf.dtype).reshape(leaf.shape)
+
+
+def open_index(index: Path) -> Source:
+    """The shards that an index names. Leaves of a shard that the index forgot are read too: nothing gets lost."""
+    text = index.read_bytes() if index.stat().st_size <= MAX_HEADER else b""
+    shard_of = parse_json(index, text).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise ValueError(f"{index} has no weight_map from tensors to files, so it is no safetensors index; {AGAIN}")
+    shards = {name: index.parent / name for name in sorted(set(shard_of.values()))}
+    for name, file in shards.items():
+        if name in ("", "..") or name != Path(name).name or "\\" in name:
+            raise ValueError(f"{index} names the file {name!r}, but only plain names in its own folder are followed")
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} names {name!r}, which is missing; put it beside the index")
+    source = SafetensorsSource(index, list(shards.values()))
+    for path, name in shard_of.items():
+        if path not in source.places or source.places[path][0].name != name:
+            raise ValueError(f"{index} places {path!r} in {name}, which does not hold it; download both again")
+    return source
+
+
+def _read_header(file: Path) -> Iterator[tuple[SourceLeaf, int]]:
+    """The leaves of a safetensors file with their offsets; together they must fill the file without a gap."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{file} is truncated or no safetensors: header {length}, file {size} bytes; {AGAIN}")
+        header = parse_json(file, stream.read(length))
+    header.pop("__metadata__", None)
+    position = 8 + length
+    for begin, end, leaf in sorted(_entry(file, *item) for item in header.items()):
+        if 8 + length + begin != position or end - begin != nbytes_of(leaf):
+            raise ValueError(f"{file}: {leaf.path} is said to lie at {begin}:{end}, which cannot be true; {AGAIN}")
+        if 8 + length + end > size:
+            raise ValueError(f"{file} is truncated: {leaf.path} ends at {8 + length + end} of {size} bytes; {AGAIN}")
+        yield leaf, position
+        position = 8 + length + end
+    if position != size:
+        raise ValueError(f"{file} has {size - position} bytes that belong to no tensor; {AGAIN}")
+
+
+def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, SourceLeaf]:
+    with readable(file, f"describes {path!r} without a dtype, a shape or data_offsets"):
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype = DTYPES.get(dtype, f"{dtype!s:.40}")
+    if type(begin) is not int or type(end) is not int:
+        raise ValueError(f"{file}: {path!r} has data_offsets that are no integers; {AGAIN}")
+    return begin, end, leaf_of(file, path, shape, dtype)
