@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from typer.core import TyperGroup
 
+from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
@@ -73,6 +74,36 @@ def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> Non
         with console.capture() as captured:
             console.print(item())
         typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
+    """A row of the table of `btc inspect`."""
+    codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
+    stored = f"{codec.get('id')} {codec.get('block_size')}" if isinstance(codec, dict) else leaf["kind"]
+    row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
+    row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
+    if isinstance(error, dict):
+        row["SQNR dB"] = _figure(error.get("sqnr_db"), ".2f")
+    return {name: plain(str(value or "")) for name, value in row.items()}
+
+
+def diff_row(leaf: Difference) -> dict[str, str]:
+    """A row of the table of `btc diff`."""
+    figures = {
+        "rmse": leaf.rmse,
+        "rel. rmse": leaf.relative_rmse,
+        "SQNR dB": leaf.sqnr_db,
+        "largest": leaf.largest_error,
+    }
+    formats = {"rel. rmse": ".2%", "SQNR dB": ".2f"}
+    cells = {
+        name: "" if leaf.rmse is None else _figure(figure, formats.get(name, ".3g")) for name, figure in figures.items()
+    }
+    return {"leaf": plain(leaf.path), **cells, "reason": plain(leaf.note)}
+
+
+def _figure(value: Any, how: str) -> str:
+    return format(value, how) if isinstance(value, int | float) else "inf"
 
 
 def _fail(message: str, code: int) -> int:

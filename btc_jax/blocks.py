@@ -25,6 +25,11 @@ def axes(ndim: int, order: Order) -> tuple[int, ...]:
     return stored if order == "stored" else stored[::-1][:2] + stored[:-2]
 
 
+def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation of axes that undoes another."""
+    return tuple(sorted(range(len(permutation)), key=permutation.__getitem__))
+
+
 def split(
     leaf: Float[Array, "..."], block_size: int, order: Order
 ) -> tuple[Float[Array, "blocks size"], Float[Array, "1 tail"] | None]:
@@ -39,5 +44,4 @@ def join(blocks: Float[Array, "blocks size"], shape: tuple[int, ...], order: Ord
     """The leaf of which `blocks` are the blocks, the last one filled up to the full size; inverse of `split`."""
     permutation = axes(len(shape), order)
     flat = blocks.reshape(-1)[: math.prod(shape)]
-    inverse = sorted(range(len(shape)), key=permutation.__getitem__)
-    return flat.reshape([shape[axis] for axis in permutation]).transpose(inverse)
+    return flat.reshape([shape[axis] for axis in permutation]).transpose(inverse(permutation))

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from btc_jax import __version__
-from btc_jax._console import OneLineErrors, plain, progress, show
+from btc_jax._console import OneLineErrors, diff_row, inspect_row, plain, progress, show
 from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
 from btc_jax.checkpoint import verify as verify_checkpoint
 from btc_jax.checkpoint.write import index_of
 from btc_jax.codecs import Uniform
-from btc_jax.compare import Difference, compare, dense_nbytes, open_side
+from btc_jax.compare import compare, dense_nbytes, open_side
 from btc_jax.policy import Policy, Rule
 from btc_jax.report import comparison_table, plan_table
 from btc_jax.sources import open_source
@@ -37,14 +37,15 @@ app = typer.Typer(
 Source = Annotated[
     Path,
     typer.Argument(
+        metavar="SOURCE",
         help="A .safetensors file, a folder of them with its index, an .npz, a Flax .msgpack, or an Orbax folder.",
     ),
 ]
-File = Annotated[Path, typer.Argument(help="A compressed checkpoint.")]
-Target = Annotated[Path, typer.Argument(help="The file to write.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A compressed checkpoint.")]
+Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace TARGET if it exists.")]
-BlockSize = Annotated[int, typer.Option(help="Weights per block.")]
+BlockSize = Annotated[int, typer.Option(min=2, max=2**20, help="Weights per block.")]
 LowBits = Annotated[int, typer.Option(help="Bits per weight of a smooth block, 1 to 7.")]
 HighBits = Annotated[int, typer.Option(help="Bits per weight of any other block, up to 8.")]
 Threshold = Annotated[float, typer.Option(help="Standard deviation from which a block is not smooth; 'inf' for never.")]
@@ -61,10 +62,11 @@ Rules = Annotated[
 ]
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"btc {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -167,7 +169,7 @@ def inspect(file: File, as_json: AsJson = False):
     text = f"{len(leaves)} leaves, {packed} of them packed, {total['weights']:,} weights: "
     text += f"{total['bytes']:,} bytes, {total['bytes_before']:,} before"
     document = {"file": str(file), "packed": packed, **total, "leaves": leaves}
-    show(as_json, document, lambda: comparison_table(map(_inspect_row, leaves), file.name), text)
+    show(as_json, document, lambda: comparison_table(map(inspect_row, leaves), file.name), text)
 
 
 @app.command(epilog=_EXIT.format("0 whole, 1 damaged or no compressed checkpoint"))
@@ -193,8 +195,8 @@ def verify(file: File, as_json: AsJson = False) -> int:
 
 @app.command(epilog=_EXIT.format("0 the same, 1 different"))
 def diff(
-    a: Annotated[Path, typer.Argument(help="The original: a compressed checkpoint, or any SOURCE.")],
-    b: Annotated[Path, typer.Argument(help="What is compared with it, of the same kinds.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="The original: a compressed checkpoint, or any SOURCE.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it, of the same kinds.")],
     limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Only the N worst leaves.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -208,7 +210,7 @@ def diff(
     """
     with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
         found = compare(one, other, on_leaf)
-    rows = [*map(_diff_row, found.different[:limit]), _diff_row(found.total)]
+    rows = [*map(diff_row, found.different[:limit]), diff_row(found.total)]
     text = f"{len(found.different)} of {len(found.leaves)} leaves differ"
     table = [lambda: comparison_table(rows, f"{b.name} against {a.name}")] if found.different else []
     show(as_json, {"a": str(a), "b": str(b), **found.to_json(limit)}, *table, text)
@@ -243,7 +245,7 @@ def _policy_and_bytes(source: Path, codec: Uniform, rules: list[str] | None, min
 
 def _rule(text: str, codec: Uniform) -> Rule:
     pattern, _, how = text.rpartition("=")
-    if not pattern or not (how == "dense" or how.isdecimal()):
+    if not pattern or not (how == "dense" or (how.isdecimal() and len(how) < 7)):
         raise ValueError(f"--rule {text!r} is not PATTERN=dense or PATTERN=BLOCKSIZE, such as '*/head/*=dense'")
     return Rule(pattern, None if how == "dense" else dataclasses.replace(codec, block_size=int(how)))
 
@@ -277,34 +279,6 @@ def _described(record: LeafRecord) -> dict[str, Any]:
         "bytes_before": dense_nbytes(record.shape, record.dtype) if packed else record.nbytes,
         "bytes": record.nbytes,
     }
-
-
-def _inspect_row(leaf: dict[str, Any]) -> dict[str, Any]:
-    codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
-    stored = f"{codec.get('id')} {codec.get('block_size')}" if isinstance(codec, dict) else leaf["kind"]
-    row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
-    row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
-    if isinstance(error, dict):
-        row["SQNR dB"] = _figure(error.get("sqnr_db"), ".2f")
-    return {name: plain(str(value or "")) for name, value in row.items()}
-
-
-def _diff_row(leaf: Difference) -> dict[str, str]:
-    figures = {
-        "rmse": leaf.rmse,
-        "rel. rmse": leaf.relative_rmse,
-        "SQNR dB": leaf.sqnr_db,
-        "largest": leaf.largest_error,
-    }
-    formats = {"rel. rmse": ".2%", "SQNR dB": ".2f"}
-    cells = {
-        name: "" if leaf.rmse is None else _figure(figure, formats.get(name, ".3g")) for name, figure in figures.items()
-    }
-    return {"leaf": plain(leaf.path), **cells, "reason": plain(leaf.note)}
-
-
-def _figure(value: Any, how: str) -> str:
-    return format(value, how) if isinstance(value, int | float) else "inf"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
-from btc_jax.blocks import join, split
+from btc_jax.blocks import axes, inverse, join, split
 from btc_jax.codecs import Codec
 from btc_jax.planes import compact, expand, pack_planes, plane_specs, row_layout, unpack_planes
 
@@ -40,10 +40,12 @@ def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tup
     return tuple(planes), header
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype", "order"))
 def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order) -> Array:
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
-    return _decode(codec, shape, dtype, order, planes, header)
+    permutation = axes(len(shape), order)
+    decoded = _unpack(planes, header, codec, tuple(shape[axis] for axis in permutation), dtype)
+    # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
+    return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
@@ -107,8 +109,17 @@ def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     return _compact(rows, widths, end, count)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order, planes: Planes, header: Header) -> Array:
+_transposed = jax.jit(jnp.transpose, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
+def _unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any) -> Array:
+    return _decode(codec, shape, dtype, planes, header)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Planes, header: Header) -> Array:
+    """The decoded weights in the order of the blocks, in a shape."""
     blocks = -(-math.prod(shape) // codec.block_size)
     if blocks == 0:
         return jnp.zeros(shape, dtype)
@@ -122,13 +133,13 @@ def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order, plan
         return codec.decode(codes, grid).astype(dtype)
 
     decoded = apart(decode, rows, widths, codec.grid(widths, per_block))
-    return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, order)
+    return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, "stored")
 
 
 @_decode.defjvp
 def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
     raise TypeError(
-        f"packed weights of shape {shape} have no gradient. To train, decode the tree with btc_dequantize, "
+        f"{math.prod(shape)} packed weights have no gradient. To train, decode the tree with btc_dequantize, "
         "or quantize inside the loss with btc_reconstruct"
     )
 

@@ -20,8 +20,8 @@ from btc_jax._typing import PyTree
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import from_arrays, to_arrays
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest, Tensor, _manifest, open_signed, parse_json, signed
-from btc_jax.checkpoint.read import Device, _placed
+from btc_jax.checkpoint.manifest import LeafRecord, Manifest, Tensor, open_signed, parse_json, parse_manifest, signed
+from btc_jax.checkpoint.read import Device, placed
 from btc_jax.checkpoint.structure import describe, rebuild
 from btc_jax.tree import flatten
 
@@ -74,7 +74,7 @@ class BTCCheckpointHandler(ocp.AsyncCheckpointHandler):
         leaves = []
         for record in manifest.leaves:
             parts = [_checked(arrays.pop(t.name), t, args.checksums) for t in record.tensors]
-            leaves.append(_placed(from_arrays(record, parts), args.dense, on(record.path)))  # pyright: ignore
+            leaves.append(placed(from_arrays(record, parts), args.dense, on(record.path)))  # pyright: ignore
         return rebuild(manifest.tree, leaves)
 
     def metadata(self, directory: Any) -> dict[str, LeafRecord]:
@@ -151,7 +151,7 @@ def _read_manifest(directory: Any) -> Manifest:
         data = (directory / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise BTCFormatError(f"{what} has no {MANIFEST}; it was not saved with BTCSave, or is damaged") from error
-    return _manifest(open_signed(parse_json(data, f"{what}/{MANIFEST}"), what), what)
+    return parse_manifest(open_signed(parse_json(data, f"{what}/{MANIFEST}"), what), what)
 
 
 def _checked(array: np.ndarray, tensor: Tensor, checksums: bool) -> np.ndarray:

@@ -199,10 +199,12 @@ def _finish(file: Path, source: Source, decision: Decision) -> bool:
     return True
 
 
-def _compress(leaf: np.ndarray, decision: Decision) -> tuple[LeafRecord, list[np.ndarray]]:
+def _compress(leaf: Any, decision: Decision) -> tuple[LeafRecord, list[np.ndarray]]:
     """The record of a leaf, with its error if it is packed, and its arrays."""
     if decision.codec is None:
         return to_arrays(decision.path, leaf)
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype:
+        leaf = jnp.asarray(leaf)  # one copy for all that follows; float64 stays, to be remembered
     packed = quantize_leaf(leaf, decision.codec, decision.order, decision.path)
     record, arrays = to_arrays(decision.path, packed)
     measures = jsonable(Measures.of(storage_of(packed), error_of(leaf, packed.dequantize())))

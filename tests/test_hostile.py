@@ -38,9 +38,7 @@ def test_each_lie_is_refused(name, tmp_path):
         btc_jax.load(path)
     with pytest.raises(BTCFormatError):
         btc_jax.load(path, checksums=False, dense=True)
-    with pytest.raises(BTCFormatError):
-        assert not btc_jax.verify(path).ok
-        raise BTCFormatError
+    assert refused_by_verify(path)
 
 
 def test_each_lie_takes_little_memory_and_time(tmp_path):
@@ -68,6 +66,13 @@ for path in sys.argv[1:]:
 """
     run = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def refused_by_verify(path: Path) -> bool:
+    try:
+        return not btc_jax.verify(path).ok
+    except BTCFormatError:
+        return True
 
 
 OTHERS = (

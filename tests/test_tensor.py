@@ -131,7 +131,7 @@ def test_gradients_are_refused():
     params = {"kernel": packed(), "scale": jnp.float32(2)}
     with pytest.raises(TypeError, match=r"grad requires real- or complex-valued inputs.*uint32"):
         jax.grad(loss)(params)
-    with pytest.raises(TypeError, match=r"shape \(16, 40\) have no gradient.*btc_dequantize.*btc_reconstruct"):
+    with pytest.raises(TypeError, match=r"640 packed weights have no gradient.*btc_dequantize.*btc_reconstruct"):
         jax.grad(loss, allow_int=True)(params)
     minimum = params["kernel"].header["minimum"]
     with pytest.raises(TypeError, match="have no gradient"):

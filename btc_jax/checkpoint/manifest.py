@@ -181,7 +181,7 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> Manifest:
     """
     entries = parse_json(header, f"{what}: the header")
     fields = open_signed(entries.get("__metadata__") if isinstance(entries, dict) else None, what)
-    manifest = _manifest(fields, what)
+    manifest = parse_manifest(fields, what)
     with refusing(f"{what}: the manifest"):
         if manifest.header() != header:
             raise BTCIntegrityError(f"{what}: {_first_difference(manifest, entries)}; the file is damaged or forged")
@@ -191,7 +191,7 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> Manifest:
     return manifest
 
 
-def _manifest(fields: dict[str, Any], what: str) -> Manifest:
+def parse_manifest(fields: dict[str, Any], what: str) -> Manifest:
     try:
         with refusing("the manifest"):
             return Manifest(fields["tree"], tuple(_leaf(leaf) for leaf in fields["leaves"]))

@@ -114,7 +114,7 @@ class Checkpoint:
         """
         if path not in self.records:
             raise KeyError(f"{self.path} has no leaf {path!r}; it has {len(self.records)}, see .records")
-        return _placed(self.read_numpy(path, checksums), dense, device)
+        return placed(self.read_numpy(path, checksums), dense, device)
 
     def read_numpy(self, path: str, checksums: bool = True) -> Any:
         """One leaf, its arrays still in numpy; a packed leaf is a `BTCTensor` of numpy arrays."""
@@ -128,7 +128,8 @@ class Checkpoint:
 
     def read_tensor(self, tensor: Tensor, checksums: bool = True) -> np.ndarray:
         """One stored tensor of a leaf, as it is in the file."""
-        return self._home[tensor.name.split("#", 1)[0]].read(tensor, checksums)
+        home = next(file for file in self._files if tensor.name in file.places)
+        return home.read(tensor, checksums)
 
     def build(self, leaves: list[Any]) -> PyTree:
         """The tree of all leaves, given in the order of `records`."""
@@ -290,7 +291,7 @@ def _open_shard(index: Path, name: str) -> _File:
         raise BTCFormatError(f"{index} names the file {name[:60]!a}, which is missing beside it") from error
 
 
-def _placed(leaf: Any, dense: bool, device: Device | None) -> Any:
+def placed(leaf: Any, dense: bool, device: Device | None) -> Any:
     if is_packed(leaf):
         target = NamedSharding(device.mesh, PartitionSpec()) if isinstance(device, NamedSharding) else device
         packed = jax.device_put(leaf, target)

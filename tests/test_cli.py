@@ -1,0 +1,414 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+import btc_jax
+from btc_jax import _console, cli
+from btc_jax.compare import compare, open_side
+
+RNG = np.random.default_rng(0)
+
+
+def btc(*args):
+    """Exit code, stdout and stderr. An exception that is no exit fails the test."""
+    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def as_json(*args, code=0):
+    found, out, err = btc(*args, "--json")
+    assert (found, err, out.count("\n")) == (code, "", 1)
+    return json.loads(out, parse_constant=pytest.fail)
+
+
+def refused(*args, code=2):
+    """The one line on stderr."""
+    found, out, err = btc(*args)
+    assert (found, out, err.count("\n")) == (code, "", 1), (found, out, err)
+    assert err.startswith("btc: ")
+    return err
+
+
+def weights(*shape):
+    return RNG.normal(0, 0.03, shape).astype(np.float32)
+
+
+LEAVES = {
+    "conv.weight": weights(16, 8, 3, 3),
+    "conv.bias": weights(16),
+    "head.weight": weights(64, 64).astype(ml_dtypes.bfloat16),
+    "steps": np.arange(3, dtype=np.int64),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save_file(LEAVES, folder / "model.safetensors")
+    assert btc("quantize", folder / "model.safetensors", folder / "small.btc", "--min-size", 1000)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def source(folder):
+    return folder / "model.safetensors"
+
+
+@pytest.fixture
+def small(folder):
+    return folder / "small.btc"
+
+
+def damaged(file, target):
+    """A copy with one bit of its last byte flipped, in the payload."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    target.write_bytes(data)
+    return target
+
+
+class TestPlan:
+    def test_says_what_would_be_done_and_why_not_the_rest(self, source):
+        code, out, err = btc("plan", source)
+        rows = {line.split()[0]: line for line in out.splitlines()[3:-2]}
+        assert (code, err) == (0, "")
+        assert "uniform 64" in rows["head.weight"]
+        assert "too small" in rows["conv.weight"]
+        assert "integer" in rows["steps"]
+
+    def test_json_is_the_plan(self, source):
+        plan = as_json("plan", source, "--rule", "conv.*=32", "--rule", "head*=dense", "--threshold", "inf")
+        codecs = {leaf["path"]: leaf["codec"] and leaf["codec"]["block_size"] for leaf in plan["leaves"]}
+        assert codecs == {"conv.weight": 32, "conv.bias": 32, "head.weight": None, "steps": None}
+        assert plan["bytes_min"] == plan["bytes_max"] < plan["bytes_before"] == sum(x.nbytes for x in LEAVES.values())
+
+    def test_a_rule_keeps_the_layout_of_pytorch(self, source):
+        orders = {leaf["path"]: leaf["order"] for leaf in as_json("plan", source, "--rule", "conv.weight=16")["leaves"]}
+        assert orders["conv.weight"] == orders["head.weight"] == "stored"
+
+
+class TestQuantize:
+    def test_is_what_was_planned(self, source, small, tmp_path):
+        done = as_json("quantize", source, tmp_path / "x.btc", "--min-size", 1000)
+        plan = as_json("plan", source, "--min-size", 1000)
+        assert (done["leaves"], done["packed"], done["resumed"]) == (4, 2, 0)
+        assert done["bytes_before"] == plan["bytes_before"]
+        assert plan["bytes_min"] <= as_json("inspect", small)["bytes"] <= plan["bytes_max"]
+        assert done["bytes_after"] == (tmp_path / "x.btc").stat().st_size
+        assert (tmp_path / "x.btc").read_bytes() == small.read_bytes()
+
+    def test_sums_up_in_one_line(self, source, tmp_path):
+        code, out, err = btc("quantize", source, tmp_path / "x.btc")
+        assert (code, err, out.count("\n")) == (0, "", 1)
+        assert "1 of 4 leaves packed" in out
+
+    def test_replaces_only_when_told(self, source, tmp_path):
+        target = tmp_path / "x.btc"
+        target.write_bytes(b"precious")
+        assert "--force" in refused("quantize", source, target)
+        assert target.read_bytes() == b"precious"
+        assert btc("quantize", source, target, "--force")[0] == 0
+        assert btc("verify", target)[0] == 0
+
+    def test_shards_are_read_by_every_command(self, source, small, tmp_path):
+        target = tmp_path / "x.btc"
+        assert btc("quantize", source, target, "--min-size", 1000, "--max-shard-bytes", "1KB")[2] == ""
+        assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
+        assert "--force" in refused("quantize", source, target)
+        assert btc("verify", target)[0] == 0
+        assert btc("diff", small, target)[0] == 0
+
+    @pytest.mark.parametrize(
+        ("text", "size"), [("12", 12), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), ("7b", 7)]
+    )
+    def test_sizes(self, text, size):
+        assert cli._bytes(text) == size
+
+    @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
+    def test_what_is_no_size(self, text):
+        with pytest.raises(ValueError, match="500MB"):
+            cli._bytes(text)
+
+
+class TestInspect:
+    def test_lists_leaves_with_bits_and_errors(self, small):
+        found = as_json("inspect", small)
+        leaves = {leaf["path"]: leaf for leaf in found["leaves"]}
+        assert found["bytes_before"] == sum(x.nbytes for x in LEAVES.values())
+        assert found["bytes"] == sum(leaf["bytes"] for leaf in found["leaves"])
+        head = leaves["head.weight"]
+        assert (head["kind"], head["dtype"], head["shape"]) == ("packed", "bfloat16", [64, 64])
+        assert head["effective_bits"] == 8 * head["bytes"] / 64**2
+        assert head["error"]["sqnr_db"] > 10
+        assert leaves["steps"]["codec"] is leaves["steps"]["error"] is None
+
+    def test_shows_a_table_and_the_totals(self, small):
+        code, out, err = btc("inspect", small)
+        assert (code, err) == (0, "")
+        assert "16 x 8 x 3 x 3" in out
+        assert out.splitlines()[-1].startswith("4 leaves, 2 of them packed, 5,267 weights: ")
+        assert "\x1b" not in out
+
+    def test_every_kind_of_leaf(self, tmp_path):
+        tree = {"key": jax.random.key(0), "name": "net", "empty": jnp.zeros((0, 3)), "one": 1}
+        btc_jax.save(tmp_path / "x.btc", tree)
+        kinds = {leaf["path"]: leaf["kind"] for leaf in as_json("inspect", tmp_path / "x.btc")["leaves"]}
+        assert kinds == {"key": "key", "name": "python", "empty": "dense", "one": "python"}
+        assert btc("inspect", tmp_path / "x.btc")[0] == 0
+        assert btc("diff", tmp_path / "x.btc", tmp_path / "x.btc")[0] == 0
+
+    def test_names_cannot_command_the_terminal(self, tmp_path):
+        btc_jax.save(tmp_path / "x.btc", {"\x1b[2Jevil\n[bold]": jnp.ones(3)})
+        out = btc("inspect", tmp_path / "x.btc")[1]
+        assert "\x1b" not in out
+        assert "\\x1b[2Jevil [bold]" in out
+
+
+class TestVerify:
+    def test_a_whole_file(self, small):
+        assert "all whole" in btc("verify", small)[1]
+        assert as_json("verify", small)["ok"] is True
+
+    def test_damage_is_listed(self, small, tmp_path):
+        file = damaged(small, tmp_path / "x.btc")
+        code, out, _ = btc("verify", file)
+        assert (code, out.count("\n")) == (1, 2)
+        assert "does not match its checksum" in out
+        (leaf,) = as_json("verify", file, code=1)["damaged"]
+        assert "checksum" in leaf
+
+    @pytest.mark.parametrize("length", [0, 5, 500, -1])
+    def test_truncation(self, small, tmp_path, length):
+        (tmp_path / "x.btc").write_bytes(small.read_bytes()[:length])
+        assert as_json("verify", tmp_path / "x.btc", code=1)["ok"] is False
+
+
+class TestDiff:
+    def test_worst_first_against_the_source(self, source, small):
+        found = as_json("diff", source, small, code=1)
+        sqnr = [leaf["sqnr_db"] for leaf in found["leaves"]]
+        assert (found["different_leaves"], found["equal_leaves"]) == (2, 2)
+        assert sqnr == sorted(sqnr)
+        stored = {leaf["path"]: leaf["error"] for leaf in as_json("inspect", small)["leaves"]}
+        for leaf in found["leaves"]:
+            for name, figure in stored[leaf["path"]].items():
+                assert leaf[name] == pytest.approx(figure, rel=1e-4), (leaf["path"], name)
+
+    def test_limit(self, source, small):
+        assert len(as_json("diff", source, small, "--limit", 1, code=1)["leaves"]) == 1
+        code, out, _ = btc("diff", source, small, "--limit", 1)
+        assert (code, len(out.splitlines())) == (1, 6)
+        assert out.splitlines()[-1] == "2 of 4 leaves differ"
+
+    def test_the_same(self, source, small):
+        assert btc("diff", small, small) == (0, "0 of 4 leaves differ\n", "")
+        assert as_json("diff", source, source)["equal"] is True
+
+    def test_what_cannot_be_compared_comes_first(self, tmp_path):
+        one, nan = np.ones(3, np.float32), np.array([1, np.nan], np.float32)
+        both = {"nan": nan, "same": one, "zero": np.zeros(0, np.float32)}
+        save_file({**both, "a": one, "s": one, "t": one, "n": one}, tmp_path / "a.safetensors")
+        other = {"b": one, "s": one[:2], "t": one.astype(np.float16), "n": np.array([1, np.inf, 1], np.float32)}
+        save_file({**both, **other}, tmp_path / "b.safetensors")
+        found = as_json("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors", code=1)
+        notes = {leaf["path"]: leaf["note"] for leaf in found["leaves"]}
+        assert notes == {
+            **{"a": "only in the first", "b": "only in the second", "s": "shape [3], then [2]"},
+            **{"n": "", "t": "float32, then float16"},
+        }
+        assert list(notes)[:3] == ["a", "b", "s"]
+        table = btc("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")[1]
+        assert "-inf" in next(line for line in table.splitlines() if line.startswith("n "))
+
+    def test_integers_of_64_bits(self, tmp_path):
+        for i in (0, 1):
+            np.savez(tmp_path / f"{i}.npz", n=np.array([2**60 + i]), c=np.array([1 + i * 1e-12]))
+        with open_side(tmp_path / "0.npz") as a, open_side(tmp_path / "1.npz") as b:
+            found = {leaf.path: leaf for leaf in compare(a, b).leaves}
+        assert not found["n"].equal
+        assert found["c"].rmse == pytest.approx(1e-12, rel=1e-3)
+
+
+class TestRestore:
+    def test_brings_back_names_and_dtypes(self, small, tmp_path):
+        target = tmp_path / "plain.safetensors"
+        assert as_json("restore", small, target)["bytes"] == target.stat().st_size
+        plain = load_file(target)
+        assert {name: (x.shape, x.dtype) for name, x in plain.items()} == {
+            name: (x.shape, x.dtype) for name, x in LEAVES.items()
+        }
+        np.testing.assert_array_equal(plain["steps"], LEAVES["steps"])
+        assert btc("diff", small, target)[0] == 0
+        assert "--force" in refused("restore", small, target)
+        assert btc("restore", small, target, "-f")[0] == 0
+
+    def test_refuses_damage(self, small, tmp_path):
+        file = damaged(small, tmp_path / "x.btc")
+        assert "damaged" in refused("restore", file, tmp_path / "plain.safetensors")
+        assert [path.name for path in tmp_path.iterdir()] == ["x.btc"]
+
+
+def wrong_options():
+    yield "rule 1 ('zzz') matches no leaf", ("--rule", "zzz=dense")
+    yield "--rule '*/kernel' is not PATTERN=dense", ("--rule", "*/kernel")
+    yield "--rule '=dense' is not", ("--rule", "=dense")
+    yield "--rule 'x=99999999' is not", ("--rule", "x=99999999")
+    yield "no regular expression", ("--rule", "re:(=dense")
+    yield "--rule 'steps=dense' before it", ("--rule", "steps=64")
+    yield "at least 2", ("--rule", "*=1")
+    yield "btc plan --help", ("--block-size", "x")
+    yield "btc plan --help", ("--block-size", "99999999999999999999")
+    yield "low_bits is 8", ("--low-bits", "8")
+    yield "0 or more", ("--threshold", "nan")
+    yield "'float16' or 'float32'", ("--header-dtype", "f16")
+    yield "--block-size", ("--blok-size", "3")
+
+
+class TestOneLine:
+    @pytest.mark.parametrize(("says", "options"), list(wrong_options()))
+    def test_wrong_options(self, source, says, options):
+        assert says in refused("plan", source, *options)
+
+    def test_wrong_usage(self, source, small):
+        assert "No such command 'nope'" in refused("nope")
+        assert "--help" in refused("--nope")
+        assert "SOURCE" in refused("plan")
+        assert "--limit" in refused("diff", small, small, "--limit", "-1")
+
+    @pytest.mark.parametrize("command", ["plan", "inspect", "verify"])
+    def test_nothing_there(self, command, tmp_path):
+        assert "does not exist" in refused(command, tmp_path / "nope")
+
+    @pytest.mark.parametrize("args", [("inspect",), ("verify",), ("diff", "small.btc"), ("plan",)])
+    def test_a_folder(self, args, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(folder)
+        assert "folder" in refused(*args, tmp_path)
+
+    def test_not_a_compressed_checkpoint(self, source, tmp_path):
+        assert "`btc quantize` makes one" in refused("inspect", source)
+        assert "`btc quantize` makes one" in refused("restore", source, tmp_path / "x")
+
+    def test_a_damaged_checkpoint_is_not_taken_for_a_dense_one(self, small, tmp_path):
+        (tmp_path / "x.btc").write_bytes(small.read_bytes()[:-1])
+        assert "truncated" in refused("diff", tmp_path / "x.btc", small)
+
+    def test_targets(self, source, small, tmp_path):
+        assert "regular file" in refused("quantize", source, tmp_path)
+        assert "regular file" in refused("quantize", source, "/dev/null", "--force")
+        assert "make it first" in refused("quantize", source, tmp_path / "nope" / "x")
+        assert "another file" in refused("quantize", source, source, "--force")
+        assert "another file" in refused("restore", small, small, "--force")
+        assert "another file" in refused("quantize", source.parent, source.parent / "x.btc")
+        (tmp_path / "link").symlink_to(source)
+        assert "another file" in refused("quantize", source, tmp_path / "link", "--force")
+
+    def test_nothing_to_quantize(self, source, tmp_path):
+        assert "--rule" in refused("quantize", source, tmp_path / "x", "--rule", "*=dense")
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_are_not_finite(self, tmp_path):
+        save_file({"weight": np.full((64, 64), np.nan, np.float32)}, tmp_path / "x.safetensors")
+        assert "4096 of 4096 weights are NaN" in refused("quantize", tmp_path / "x.safetensors", tmp_path / "y")
+
+    @pytest.mark.parametrize(
+        ("error", "line"),
+        [
+            (KeyError("no leaf"), "btc: no leaf\n"),
+            (OSError(28, "x could not be written: no space"), "btc: x could not be written: no space\n"),
+            (PermissionError(13, "Permission denied", "x"), "btc: x: Permission denied\n"),
+            (ValueError("two\nlines\x1b[2J"), "btc: two lines\\x1b[2J\n"),
+            (ValueError(), "btc: ValueError\n"),
+        ],
+    )
+    def test_errors_of_the_library(self, error, line, small, monkeypatch):
+        monkeypatch.setattr(cli, "open_checkpoint", fails_with(error))
+        assert refused("inspect", small) == line
+
+    def test_a_bug_is_not_hidden(self, small, monkeypatch):
+        monkeypatch.setattr(cli, "open_checkpoint", fails_with(AssertionError("a bug")))
+        with pytest.raises(AssertionError):
+            btc("inspect", small)
+
+    def test_interrupts(self, source, small, tmp_path, monkeypatch):
+        monkeypatch.setattr(cli, "compress_file", fails_with(KeyboardInterrupt()))
+        monkeypatch.setattr(cli, "open_checkpoint", fails_with(KeyboardInterrupt()))
+        assert "goes on where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
+        assert "starts it again" in refused("inspect", small, code=130)
+
+    def test_a_reader_that_leaves(self, small, monkeypatch):
+        monkeypatch.setattr(_console.os, "dup2", lambda *_: None)
+        monkeypatch.setattr(cli, "show", fails_with(BrokenPipeError()))
+        assert btc("inspect", small) == (141, "", "")
+
+
+def fails_with(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["", "plan", "quantize", "inspect", "verify", "diff", "restore"])
+    def test_fits_and_tells_exit_codes_and_an_example(self, command):
+        code, out, err = btc(*command.split(), "--help")
+        assert (code, err) == (0, "")
+        assert "Exit codes: 0" in out
+        assert f"  btc {command or 'plan'} " in out
+        assert max(map(len, out.splitlines())) <= 84
+
+    def test_without_arguments(self):
+        assert btc()[1] == btc("--help")[1]
+
+    def test_version(self):
+        assert btc("--version") == (0, f"btc {btc_jax.__version__}\n", "")
+
+
+def test_progress_is_for_terminals(monkeypatch, capsys):
+    for terminal in (False, True):
+        monkeypatch.setattr(_console, "Console", lambda **_: Console(stderr=True, force_terminal=terminal, width=80))  # noqa: B023
+        with _console.progress("quantizing", 2_000_000) as on_leaf:
+            on_leaf("a", 1_000_000)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert ("1.0/2.0 MB" in err) == terminal
+
+
+def start(*args):
+    command = [sys.executable, "-m", "btc_jax.cli", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+class TestProcess:
+    def test_output_and_exit_codes(self, source, small, tmp_path):
+        runs = [start("diff", source, small, "--json"), start("inspect", tmp_path / "nope")]
+        (out, err), (nothing, line) = (run.communicate() for run in runs)
+        assert [run.returncode for run in runs] == [1, 2]
+        assert (json.loads(out)["different_leaves"], err) == (2, "")
+        assert (nothing, line) == ("", f"btc: {tmp_path / 'nope'} does not exist; check the path\n")
+
+    def test_an_interrupted_run_goes_on(self, tmp_path):
+        save_file({f"{i}.weight": weights(64, 64) for i in range(300)}, tmp_path / "x.safetensors")
+        run = start("quantize", tmp_path / "x.safetensors", tmp_path / "y.btc")
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.glob(".*.parts/*.safetensors"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(run.pid, signal.SIGINT)
+        out, err = run.communicate()
+        assert (run.returncode, out) == (130, "")
+        assert err == "btc: interrupted; the same command goes on where it stopped\n"
+        done = as_json("quantize", tmp_path / "x.safetensors", tmp_path / "y.btc")
+        assert 3 <= done["resumed"] < 300
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "y.btc"]
