@@ -12,7 +12,7 @@ from btc_jax import __version__
 from btc_jax._console import OneLineErrors, diff_row, inspect_row, plain, progress, show
 from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
 from btc_jax.checkpoint import verify as verify_checkpoint
-from btc_jax.checkpoint.write import index_of
+from btc_jax.checkpoint.write import SUFFIX, index_of
 from btc_jax.codecs import Uniform
 from btc_jax.compare import compare, dense_nbytes, open_side
 from btc_jax.policy import Policy, Rule
@@ -76,12 +76,12 @@ def _main(
     """Makes the weights of a trained model 4 to 8 times smaller: no data, no training.
 
     \b
-    btc plan model.safetensors                   what would be done
-    btc quantize model.safetensors small.btc     do it
-    btc inspect small.btc                        what is in it
-    btc verify small.btc                         is it whole?
-    btc diff model.safetensors small.btc         what it cost in accuracy
-    btc restore small.btc plain.safetensors      back to plain safetensors
+    btc plan model.safetensors                          what would be done
+    btc quantize model.safetensors small.safetensors    do it
+    btc inspect small.safetensors                       what is in it
+    btc verify small.safetensors                        is it whole?
+    btc diff model.safetensors small.safetensors        what it cost in accuracy
+    btc restore small.safetensors plain.safetensors     back to plain safetensors
     """
 
 
@@ -132,13 +132,15 @@ def quantize(
     """Compresses a checkpoint leaf by leaf. If it is stopped, the same command goes on where it was.
 
     \b
-    btc quantize model.safetensors small.btc
-    btc quantize hf_folder/ small.btc --max-shard-bytes 2GB
+    btc quantize model.safetensors small.safetensors
+    btc quantize hf_folder/ small.safetensors --max-shard-bytes 2GB
     btc quantize model.npz small.btc --rule '*/head/*=dense' --rule '*attn*=32'
     """
     codec = Uniform(block_size, low_bits, high_bits, threshold, header_dtype)
     shard = _bytes(max_shard_bytes) if max_shard_bytes else None
     _check_target(source, target, force)
+    if shard and target.suffix != SUFFIX:
+        raise ValueError(f"{target} must end in {SUFFIX} to be split into several files; rename it")
     policy, total = _policy_and_bytes(source, codec, rule, min_size)
     with progress("quantizing", total) as on_leaf:
         done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf)
@@ -159,8 +161,8 @@ def inspect(file: File, as_json: AsJson = False):
     Bits are effective ones: all that is stored, over the number of weights. Errors are shown where the file has them.
 
     \b
-    btc inspect small.btc
-    btc inspect small.btc --json | jq '.leaves[] | select(.kind == "packed") | .path'
+    btc inspect small.safetensors
+    btc inspect small.safetensors --json | jq '.leaves[].effective_bits'
     """
     with open_checkpoint(file) as checkpoint:
         leaves = [_described(record) for record in checkpoint.records.values()]
@@ -179,7 +181,7 @@ def verify(file: File, as_json: AsJson = False) -> int:
     If it is damaged, what is wrong is listed, a line for each leaf.
 
     \b
-    btc verify small.btc && cp small.btc /backup
+    btc verify small.safetensors && cp small.safetensors /backup
     """
     try:
         found = verify_checkpoint(file)
@@ -205,8 +207,8 @@ def diff(
     Leaves of equal shape, dtype and values are only counted.
 
     \b
-    btc diff model.safetensors small.btc --limit 10
-    btc diff old.btc new.btc && echo the same
+    btc diff model.safetensors small.safetensors --limit 10
+    btc diff old.safetensors new.safetensors && echo the same
     """
     with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
         found = compare(one, other, on_leaf)
@@ -224,7 +226,7 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
     The names and dtypes are the original ones.
 
     \b
-    btc restore small.btc plain.safetensors
+    btc restore small.safetensors plain.safetensors
     """
     _check_target(file, target, force)
     with open_checkpoint(file) as checkpoint:

@@ -143,7 +143,9 @@ def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None)
         if on_leaf and path in a.leaves:
             on_leaf(path, dense_nbytes(*a.leaves[path]))
     leaves.sort(key=lambda leaf: (leaf.sqnr_db is not None, leaf.sqnr_db, leaf.path))
-    return Comparison(tuple(leaves), _difference("all", all(leaf.equal for leaf in leaves), "", total, weights))
+    equal = all(leaf.equal for leaf in leaves)
+    all_ = _difference("all", equal, "", total, weights) if weights or equal else Difference("all", False)
+    return Comparison(tuple(leaves), all_)
 
 
 def _compared(path: str, a: Side, b: Side) -> tuple[Difference, Error, int]:
@@ -187,5 +189,5 @@ def _dense(leaf: Any, dtype: str) -> Any:
     """The numbers of a leaf in numpy, in its own dtype; jax alone would cut 64 bits to 32."""
     if is_packed(leaf):
         with np.errstate(over="ignore"):
-            return np.asarray(leaf.dequantize(np.float32)).astype(jnp.dtype(dtype))
+            return np.asarray(jax.device_put(leaf).dequantize(np.float32)).astype(jnp.dtype(dtype))
     return np.asarray(jax.random.key_data(leaf)) if isinstance(leaf, jax.Array) else leaf

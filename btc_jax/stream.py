@@ -5,6 +5,7 @@ where it was. At the end they are put together into the target, and the folder g
 """
 
 import dataclasses
+import glob
 import math
 import os
 import shutil
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.files import crc32c, whole_file
+from btc_jax.checkpoint.files import crc32c, only_writer, whole_file
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import CODES, LeafRecord, canonical
 from btc_jax.checkpoint.read import Checkpoint, open_checkpoint
@@ -94,7 +95,8 @@ def compress_file(
         source: a safetensors file, a folder with a `*.safetensors.index.json`, a `.npz`, a Flax `.msgpack`, or an
             Orbax checkpoint folder; see `btc_jax.sources`.
         target: the file to write.
-        codec, policy: as for `btc_quantize`; by default `file_policy(codec)`.
+        codec, policy: as for `btc_quantize`; by default `file_policy(codec)`. In PyTorch's layout a policy without an
+            order means `"stored"`.
         max_shard_bytes: as for `save`.
         on_leaf: called after each leaf with its path and its bytes in the source.
 
@@ -147,18 +149,21 @@ class _Parts:
     """The folder of finished leaves beside the target: one small checkpoint each, of one source and one policy."""
 
     def __init__(self, target: Path, identity: str):
-        self.folder = target.with_name(f".{target.name}.{identity}.parts")
-        for other in target.parent.glob(f".{target.name}.*.parts"):
-            if other != self.folder:
-                shutil.rmtree(other)  # left by a run with another source or policy
+        self._target, self.folder = target, target.with_name(f".{target.name}.{identity}.parts")
+        self._lock = only_writer(target.with_name(f"{target.name}.parts"))
 
     def __enter__(self) -> "_Parts":
+        self._lock.__enter__()
+        for other in self._target.parent.glob(f".{glob.escape(self._target.name)}.*.parts"):
+            if other != self.folder:
+                shutil.rmtree(other)  # left by a run with another source or policy
         self.folder.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None or not any(self.folder.iterdir()):
             shutil.rmtree(self.folder)
+        self._lock.__exit__(None, None, None)
 
     def file(self, i: int) -> Path:
         return self.folder / f"{i}.safetensors"
@@ -213,7 +218,10 @@ def _compress(leaf: Any, decision: Decision) -> tuple[LeafRecord, list[np.ndarra
 
 
 def _policy(source: Source, codec: Codec | None, policy: Policy | None) -> Policy:
-    return one_policy(codec, policy) if policy else file_policy(codec, torch_layout=source.torch_layout)
+    if policy is None:
+        return file_policy(codec, torch_layout=source.torch_layout)
+    policy = one_policy(codec, policy)
+    return dataclasses.replace(policy, order=policy.order or ("stored" if source.torch_layout else None))
 
 
 def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
@@ -231,7 +239,7 @@ def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
         *folders, name = leaf.path.split("/")
         node = tree
         for folder in folders:
-            node = node.setdefault(folder, {})
+            node = node.setdefault(folder, {}) if isinstance(node, dict) else node
         if not isinstance(node, dict) or name in node:
             raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths")
         node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -5,21 +5,20 @@ import os
 import shutil
 import stat
 from collections import OrderedDict, namedtuple
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from flax import nnx
+from flax import nnx, struct
+from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import btc_jax
 from btc_jax import (
     BTCFormatError,
     Policy,
@@ -35,10 +34,13 @@ from btc_jax import (
     save,
     verify,
 )
-from btc_jax.checkpoint.files import only_writer, whole_file
+from btc_jax.checkpoint import files as files_module
+from btc_jax.checkpoint.files import only_writer, temporary_of, whole_file
+from btc_jax.checkpoint.manifest import parse_json
 from tests.golden import make
 
 ALL = Policy(Uniform(32), names=("*",), min_size=0)
+SMALL = Policy(Uniform(32), min_size=0)
 
 
 def same(a: Any, b: Any) -> None:
@@ -71,8 +73,8 @@ def file(tmp_path) -> Path:
 
 def params(sizes=(64, 96, 32)):
     rng = np.random.default_rng(0)
-    layer = lambda a, b: {"kernel": rng.standard_normal((a, b)).astype(np.float32), "bias": np.ones(b, np.float32)}
-    return {f"Dense_{i}": layer(*pair) for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))}
+    kernels = [rng.standard_normal(shape).astype(np.float32) for shape in pairwise(sizes)]
+    return {f"Dense_{i}": {"kernel": k, "bias": np.ones(k.shape[1], np.float32)} for i, k in enumerate(kernels)}
 
 
 def tensor_bytes(path: Path) -> int:
@@ -117,14 +119,16 @@ class Point(make.Point):
     pass
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Layer:
     kernel: Any
-    name: str = flax.struct.field(pytree_node=False, default="a")
+    name: str = struct.field(pytree_node=False, default="a")
 
 
 def test_containers(file):
-    save(file, make.containers() | {"layer": Layer(np.ones(3)), "ordered": OrderedDict(b=1, a=2), "nothing": None})
+    save(
+        file, make.containers() | {"layer": Layer(kernel=np.ones(3)), "ordered": OrderedDict(b=1, a=2), "nothing": None}
+    )
     loaded, wanted = load(file), make.containers()
     assert loaded["list"][1:] == [(np.int32(2),), [], ()]
     assert type(loaded["point"]).__name__ == "Point"
@@ -194,11 +198,12 @@ class Net(nn.Module):
 def test_linen_variables(file):
     x = jnp.ones((2, 32))
     variables = Net().init(jax.random.key(0), x)
-    packed = btc_quantize(variables, Uniform(32))
-    for tree in (variables, packed, flax.core.freeze(packed)):
+    packed = btc_quantize(variables, policy=SMALL)
+    apply: Any = Net().apply
+    for tree in (variables, packed, freeze(packed)):
         save(file, tree)
         loaded = load(file)
-        assert np.array_equal(Net().apply(loaded, x), Net().apply(tree, x))
+        assert jnp.array_equal(apply(loaded, x), apply(tree, x))
 
 
 class NNXNet(nnx.Module):
@@ -213,14 +218,16 @@ class NNXNet(nnx.Module):
 @pytest.mark.parametrize("pack", [False, True])
 def test_nnx_states(file, pack):
     graphdef, state = nnx.split(NNXNet(nnx.Rngs(0)))
-    tree = btc_quantize(state, Uniform(32)) if pack else state
+    tree = btc_quantize(state, policy=SMALL) if pack else state
     save(file, tree)
     loaded = load(file)
     assert isinstance(loaded, nnx.State)
-    assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+    same(loaded, tree)
     x = jnp.ones((2, 32))
     assert np.array_equal(nnx.merge(graphdef, loaded)(x), nnx.merge(graphdef, tree)(x))
-    same(load(file, like=tree), tree)
+    again = load(file, like=tree)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)  # the tags of its variables too
+    same(again, tree)
 
 
 def test_a_deep_tree(file):
@@ -241,7 +248,7 @@ def test_a_deep_tree(file):
 
 
 def test_like_gives_its_structure(file):
-    tree = btc_quantize({"layers": [Layer(params()), Point(np.ones(3), 2)]}, policy=ALL)
+    tree = btc_quantize({"layers": [Layer(kernel=params()), Point(np.ones(3, np.float32), np.int32(2))]}, policy=ALL)
     save(file, tree)
     for like in (tree, jax.eval_shape(lambda: btc_dequantize(tree))):
         loaded = load(file, like=like)
@@ -304,8 +311,7 @@ def test_devices_and_shardings(file):
     assert loaded["Dense_0/bias"].sharding == sharding
     planes = loaded["Dense_0/kernel"].planes
     assert all(plane.sharding.is_fully_replicated and len(plane.devices()) == 8 for plane in planes)
-    where = lambda path: device if path.endswith("bias") else None
-    loaded = load(file, device=where)
+    loaded = load(file, device=lambda path: device if path.endswith("bias") else None)
     assert loaded["Dense_1"]["bias"].devices() == {device}
     save(file, load(file, device=sharding, select="Dense_0/*", dense=True))
     assert np.array_equal(load(file)["Dense_0/kernel"], tree["Dense_0"]["kernel"].dequantize())
@@ -323,9 +329,9 @@ def test_same_content_same_bytes(tmp_path):
     same_files = {"first": tree, "second": turned, "third": on_device}
     for name, content in (same_files | {"state": state, "turned": turned_state}).items():
         save(tmp_path / name, content)
-    read = lambda name: (tmp_path / name).read_bytes()
-    assert read("first") == read("second") == read("third")
-    assert read("state") == read("turned")
+    first, second, third, one, two = ((tmp_path / name).read_bytes() for name in (*same_files, "state", "turned"))
+    assert first == second == third
+    assert one == two
 
 
 @pytest.mark.parametrize("name", ["dense", "codecs", "containers"])
@@ -333,22 +339,21 @@ def test_it_is_a_safetensors_file(name, file):
     tree = make.TREES[name][0]()
     size = save(file, tree)
     assert size == file.stat().st_size
-    with open_checkpoint(file) as checkpoint, safetensors.safe_open(file, "flax") as plain:
+    with open_checkpoint(file) as checkpoint, safetensors.safe_open(file, "np") as plain:
         tensors = {t.name: t for record in checkpoint.records.values() for t in record.tensors}
         assert set(plain.keys()) == set(tensors)
         assert set(plain.metadata()) == {"btc_jax", "btc_jax_crc32c"}
-        opened = safetensors.safe_open(file, "np")
-        with opened:
-            for path, tensor in tensors.items():
-                ours = checkpoint.read_tensor(tensor)
-                reader = plain if tensor.code in ("BF16", "F8_E4M3", "F8_E5M2") else opened
-                theirs = np.asarray(reader.get_tensor(path))
-                assert ours.tobytes() == theirs.tobytes(), path
-                assert ours.shape == theirs.shape, path
-        for place in checkpoint._files[0].manifest.tensors():
-            assert (
-                checkpoint._files[0].start + checkpoint._files[0].places[place.name]
-            ) % place.numpy_dtype.itemsize == 0
+        for name, tensor in tensors.items():
+            ours = checkpoint.read_tensor(tensor)
+            place = checkpoint._files[0].start + checkpoint._files[0].places[name]
+            assert place % tensor.numpy_dtype.itemsize == 0
+            if tensor.code in ("BF16", "F8_E4M3", "F8_E5M2"):  # not of numpy
+                theirs = np.frombuffer(file.read_bytes(), tensor.numpy_dtype, ours.size, place).reshape(tensor.shape)
+                assert plain.get_slice(name).get_shape() == list(tensor.shape)
+                assert plain.get_slice(name).get_dtype() == tensor.code
+            else:
+                theirs = plain.get_tensor(name)
+            assert (ours.shape, ours.dtype, ours.tobytes()) == (theirs.shape, theirs.dtype, theirs.tobytes()), name
 
 
 @pytest.mark.parametrize("shards", [None, 10_000])
@@ -408,7 +413,7 @@ def test_shards(tmp_path, file):
         assert verify(file).ok
         assert set(load(file, select="*bias")) == {f"Dense_{i}/bias" for i in range(3)}
     index = tmp_path / "m.safetensors.index.json"
-    weight_map = btc_jax.checkpoint.manifest.parse_json(index.read_bytes(), "")["weight_map"]
+    weight_map = parse_json(index.read_bytes(), "")["weight_map"]
     for shard in shards:
         with safetensors.safe_open(shard, "np") as plain:
             assert set(plain.keys()) == {name for name, home in weight_map.items() if home == shard.name}
@@ -448,11 +453,11 @@ def test_too_many_shards_or_leaves(tmp_path, file):
         save(file, many, max_shard_bytes=1)
     with pytest.raises(ValueError, match="must be 1 or more"):
         save(file, many, max_shard_bytes=0)
-    long = {f"{i:050}" * 40: np.uint8(1) for i in range(500)}
+    long = {f"{i:04}" * 1250: np.uint8(1) for i in range(450)}
     with pytest.raises(ValueError, match="split the file with max_shard_bytes"):
         save(file, long)
     with pytest.raises(ValueError, match="bytes can be read"):
-        save(file, long | {f"b{name}": leaf for name, leaf in long.items()}, max_shard_bytes=10)
+        save(file, long, max_shard_bytes=50)
     assert os.listdir(tmp_path) == ["m.safetensors"]
     assert load(file) == {"old": 1}
 
@@ -469,10 +474,7 @@ def test_umask_and_links(tmp_path, file):
             save(str(file), {"a": np.ones(3), "b": 2}, max_shard_bytes=shards)
             assert file.is_symlink()
             assert load(file)["b"] == 2
-            assert [name for name in os.listdir(tmp_path)] == ["real"] or set(os.listdir(tmp_path)) == {
-                "real",
-                file.name,
-            }
+            assert set(os.listdir(tmp_path)) == {"real", file.name}
             for written in (tmp_path / "real").iterdir():
                 assert stat.S_IMODE(written.stat().st_mode) == 0o640
     finally:
@@ -513,10 +515,10 @@ def test_concurrent_writers(file, shards):
 
 def test_a_lock_on_a_file_that_moved_away_locks_nothing(file, monkeypatch):
     """The writer before may finish between the open and the lock; then the open file is the checkpoint itself."""
-    fcntl = btc_jax.checkpoint.files.fcntl
+    fcntl = files_module.fcntl
     save(file, {"a": 1})
     content, flock, moved = file.read_bytes(), fcntl.flock, []
-    temporary = btc_jax.checkpoint.files.temporary_of(file)
+    temporary = temporary_of(file)
 
     def slow(handle, how):
         if temporary.exists() and not moved:
@@ -551,9 +553,9 @@ WRONG = {
     "root": (ValueError, lambda: {"/etc": 1}, "rename it"),
     "nul": (ValueError, lambda: {"a\0": 1}, "rename it"),
     "metadata": (ValueError, lambda: {"__metadata__": np.ones(2)}, "rename it"),
-    "one path": (ValueError, lambda: {"a/b": np.ones(1), "a": {"b": np.ones(1)}}, "same path"),
-    "one path of numbers": (ValueError, lambda: {"a/b": 1, "a": {"b": 2}}, "same path"),
-    "tensors": (ValueError, lambda: {"a#plane0": np.ones(1), "a": make.packed((8, 8), Uniform(8))}, "same path"),
+    "one path": (ValueError, lambda: {"a/b": np.ones(1), "a": {"b": np.ones(1)}}, "path"),
+    "one path of numbers": (ValueError, lambda: {"a/b": 1, "a": {"b": 2}}, "path"),
+    "tensors": (ValueError, lambda: {"a#plane0": np.ones(1), "a": make.packed((8, 8), Uniform(8))}, "path"),
     "axes": (ValueError, lambda: {"a": np.ones((1,) * 40)}, "impossible shape"),
     "empty and huge": (ValueError, lambda: {"a": np.ones((0, 2**31, 2**31), np.uint8)}, "impossible shape"),
     "fields": (ValueError, lambda: namedtuple("Wide", [f"f{i}" for i in range(300)])(*range(300)), "fields"),
@@ -589,4 +591,3 @@ def test_records(file):
         assert checkpoint.records["b"].kind == "python"
         assert dataclasses.is_dataclass(record)
     checkpoint.close()
-    assert partial(load, file)()["b"] == 1

@@ -123,8 +123,9 @@ class TestQuantize:
         assert btc("verify", target)[0] == 0
 
     def test_shards_are_read_by_every_command(self, source, small, tmp_path):
-        target = tmp_path / "x.btc"
-        assert btc("quantize", source, target, "--min-size", 1000, "--max-shard-bytes", "1KB")[2] == ""
+        target = tmp_path / "x.safetensors"
+        assert "must end in" in refused("quantize", source, tmp_path / "x.btc", "--max-shard-bytes", "1KB")
+        assert btc("quantize", source, target, "--min-size", 1000, "--max-shard-bytes", "1KB")[0] == 0
         assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 1
         assert "--force" in refused("quantize", source, target)
         assert btc("verify", target)[0] == 0
@@ -231,6 +232,11 @@ class TestDiff:
         assert list(notes)[:3] == ["a", "b", "s"]
         table = btc("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")[1]
         assert "-inf" in next(line for line in table.splitlines() if line.startswith("n "))
+
+    def test_nothing_in_common(self, small, tmp_path):
+        np.savez(tmp_path / "x.npz", other=np.ones(3))
+        found = as_json("diff", small, tmp_path / "x.npz", code=1)
+        assert (found["different_leaves"], found["equal_leaves"], found["total"]["rmse"]) == (5, 0, None)
 
     def test_integers_of_64_bits(self, tmp_path):
         for i in (0, 1):
@@ -367,7 +373,7 @@ class TestHelp:
         assert (code, err) == (0, "")
         assert "Exit codes: 0" in out
         assert f"  btc {command or 'plan'} " in out
-        assert max(map(len, out.splitlines())) <= 84
+        assert max(map(len, out.splitlines())) <= 80
 
     def test_without_arguments(self):
         assert btc()[1] == btc("--help")[1]

@@ -7,7 +7,9 @@ import random
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,11 @@ from tests.hostile.indexes import index
 
 SECONDS = 2.0
 MEBIBYTES = 256
-LARGE = {name for name in LIES if name.startswith(("header_of_many", "header_of_100_mb", "index_too", "tuple"))}
+LARGE = {
+    name
+    for name in LIES
+    if name.startswith(("header_of_many", "header_of_100_mb", "index_too", "tuple", "many_leaves"))
+}
 """Slow under the type checker that follows each call."""
 
 
@@ -81,7 +87,7 @@ OTHERS = (
 )
 
 
-def places(value, path=()):
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to each value of a JSON document."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

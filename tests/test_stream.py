@@ -189,6 +189,23 @@ def test_conflicting_paths(tmp_path):
     save_file({"a": np.ones((64, 64), np.float32), "a/b": np.ones(2, np.float32)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="conflicting paths"):
         plan_file(tmp_path / "odd.safetensors")
+    save_file({"a": np.ones((64, 64), np.float32), "a/b/c": np.ones(2, np.float32)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="conflicting paths"):
+        plan_file(tmp_path / "odd.safetensors")
+
+
+def test_two_runs_to_one_target_do_not_disturb_each_other(source, tmp_path):
+    def second_run(path, nbytes):
+        with pytest.raises(BlockingIOError, match="another process is writing"):
+            compress_file(source, tmp_path / "q.safetensors", Uniform(32))
+
+    compress_file(source, tmp_path / "q.safetensors", on_leaf=second_run)
+    assert btc_jax.verify(tmp_path / "q.safetensors").ok
+
+
+def test_a_policy_without_order_keeps_pytorchs(source):
+    plan = plan_file(source, policy=Policy(names=("*.weight",), rules=(Rule("fc.*", Uniform(32)),)))
+    assert {row.order for row in plan.rows if row.codec} == {"stored"}
 
 
 def test_a_python_number_cannot_be_restored_to_safetensors(tmp_path):

@@ -158,6 +158,7 @@ def test_a_range_beyond_float32_is_an_error():
     [
         ({"block_size": 0}, ValueError, "block_size is 0"),
         ({"block_size": 1}, ValueError, "block_size is 1; a block holds at least 2"),
+        ({"block_size": 2**16 + 1}, ValueError, "at most 65536"),
         ({"block_size": 2.5}, TypeError, "block_size is 2.5"),
         ({"low_bits": 0}, ValueError, "low_bits is 0"),
         ({"low_bits": 8}, ValueError, "1 <= low_bits < high_bits <= 8"),

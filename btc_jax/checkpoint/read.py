@@ -72,7 +72,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, files: Sequence[_File], tree: Any):
-        self.path, self._files, self._tree = path, files, tree
+        self.path, self._tree = path, tree
+        self._files: Sequence[_File] = files
         self._home = {leaf.path: file for file in files for leaf in file.manifest.leaves}
         self.records: dict[str, LeafRecord] = {leaf.path: leaf for file in files for leaf in file.manifest.leaves}
         if len(self.records) != sum(len(file.manifest.leaves) for file in files):

@@ -69,7 +69,7 @@ def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_
 
 def index_of(path: Path) -> Path:
     """The index of a checkpoint in several files."""
-    return path if path.name.endswith(".index.json") else path.with_name(f"{path.name}.index.json")
+    return path if path.name.endswith(".index.json") else path.parent / f"{path.name}.index.json"
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:

@@ -35,7 +35,7 @@ class Uniform(Codec):
     never finer than their own grid near the weights, 6e-8 around zero.
 
     Args:
-        block_size: weights per block, at least 2.
+        block_size: weights per block, 2 to 65536.
         low_bits: bits per weight of a smooth block, 1 to 7.
         high_bits: bits per weight of any other block, above `low_bits` and at most 8.
         threshold: standard deviation from which a block is wide, in units of the weights, 1e-18 or more to be told
@@ -63,8 +63,8 @@ class Uniform(Codec):
     def __post_init__(self):
         for name in ("block_size", "low_bits", "high_bits"):
             object.__setattr__(self, name, _integer(name, getattr(self, name)))
-        if self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size}; a block holds at least 2 weights")
+        if not 2 <= self.block_size <= 2**16:
+            raise ValueError(f"block_size is {self.block_size}; a block holds at least 2 weights, and at most 65536")
         if not 1 <= self.low_bits < self.high_bits <= 8:
             raise ValueError(
                 f"low_bits is {self.low_bits} and high_bits is {self.high_bits}; "

@@ -4,6 +4,7 @@ All weights are multiples of 1/64, and all blocks hold few of them, so each sum 
 machine. A file here is never changed or removed: it must be read, and written again with the same bytes, forever.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ def dense() -> Any:
     )
     arrays = {name: np.asarray([[0, 1, 2], [3, 0, 1]]).astype(jnp.dtype(name)) for name in names}
     others = {"scalar": np.float32(0.5), "empty": np.zeros((0, 3), np.float32), "key": jax.random.key(7)}
-    keys = jax.random.wrap_key_data(np.arange(6, dtype=np.uint32).reshape(3, 2), impl="threefry2x32")
+    keys = jax.random.wrap_key_data(jnp.arange(6, dtype=jnp.uint32).reshape(3, 2), impl="threefry2x32")
     python = {"true": True, "int": -(2**70), "float": 0.1, "text": 'ß\u2028"\\', "none": None}
     return arrays | others | {"keys": keys, "python": python}
 
@@ -64,6 +65,7 @@ def containers() -> Any:
     }
 
 
+@functools.cache
 def codecs() -> Any:
     return {
         "float16": packed((6, 40), Uniform(32, threshold=0.125)),

@@ -74,7 +74,8 @@ def order(fields: Any) -> list[list[Any]]:
 
 def header_of(fields: Any, sign: Any = None) -> dict[str, Any]:
     """The header that a manifest asks for, as JSON; `sign` is put into it instead of the manifest."""
-    header, end = {"__metadata__": signed(fields if sign is None else sign)}, 0
+    header: dict[str, Any] = {"__metadata__": signed(fields if sign is None else sign)}
+    end = 0
     for name, code, shape, _ in order(fields):
         nbytes = math.prod(shape) * ITEMSIZES.get(code, 1)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + nbytes]}
