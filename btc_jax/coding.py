@@ -58,24 +58,8 @@ def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
     """Bytes that `size` weights take if `counts[i]` of their blocks are `codec.widths[i]` bits wide."""
     rows = zip(_kept_rows(codec, counts), plane_specs(codec.widths), strict=True)
     planes = sum(kept * row_layout(codec.block_size, spec.bits).nbytes for kept, spec in rows)
-    return planes + header_nbytes(codec, -(-size // codec.block_size))
-
-
-def header_nbytes(codec: Codec, blocks: int) -> int:
-    """Bytes of the stored header of this many blocks."""
-    stored = stored_header(codec, blocks).values()
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in stored)
-
-
-@functools.lru_cache(maxsize=1024)
-def stored_header(codec: Codec, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the stored header of this many blocks, by name."""
-
-    def header(matrix: Array) -> Header:
-        coded = codec.encode(matrix)
-        return codec.pack_header(coded.widths, coded.header)
-
-    return jax.eval_shape(header, jax.ShapeDtypeStruct((blocks, codec.block_size), jnp.float32))
+    header = codec.stored_header(-(-size // codec.block_size)).values()
+    return planes + sum(math.prod(array.shape) * array.dtype.itemsize for array in header)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))

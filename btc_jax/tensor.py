@@ -181,9 +181,9 @@ def _refuse_changed_arrays(tensor: BTCTensor) -> None:
     planes = [plane for plane in jax.tree.leaves(tensor.planes) if isinstance(plane, jax.Array | np.ndarray)]
     header = tensor.header if isinstance(tensor.header, dict) else {}
     changed = [plane.dtype for plane in planes if not jnp.issubdtype(plane.dtype, jnp.unsignedinteger)]
-    for name, dtype in tensor.codec.header_dtypes.items():
+    for name, stored in tensor.codec.stored_header(0).items():
         array = header.get(name)
-        if isinstance(array, jax.Array | np.ndarray) and array.dtype != dtype:
+        if isinstance(array, jax.Array | np.ndarray) and array.dtype != stored.dtype:
             changed.append(array.dtype)
     if changed:
         raise TypeError(

@@ -591,3 +591,14 @@ def test_records(file):
         assert checkpoint.records["b"].kind == "python"
         assert dataclasses.is_dataclass(record)
     checkpoint.close()
+
+
+@pytest.mark.parametrize("shards", [None, 1000])
+@pytest.mark.parametrize("content", [b'{"metadata": {"total_size": 1}, "weight_map": {}}', b"damaged"])
+def test_the_index_of_another_system_is_left_alone(tmp_path, shards, content):
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_bytes(content)
+    with pytest.raises(FileExistsError, match="no index of a compressed checkpoint; save under another name"):
+        save(tmp_path / "m.safetensors", {"a": 1}, max_shard_bytes=shards)
+    assert index.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [index.name]

@@ -164,6 +164,7 @@ def test_a_range_beyond_float32_is_an_error():
         ({"low_bits": 8}, ValueError, "1 <= low_bits < high_bits <= 8"),
         ({"high_bits": 9}, ValueError, "high_bits is 9"),
         ({"threshold": -0.1}, ValueError, "threshold is -0.1"),
+        ({"threshold": 1e300}, ValueError, "beyond float32; give inf"),
         ({"threshold": math.nan}, ValueError, "threshold is nan"),
         ({"threshold": "much"}, TypeError, "threshold is 'much'"),
         ({"header_dtype": "bfloat16"}, ValueError, "header_dtype is 'bfloat16'"),
@@ -206,3 +207,12 @@ def test_float64_weights():
         decoded = tensor.dequantize()
         assert tensor.dtype == decoded.dtype == np.float64
     assert within_half_a_step(leaf.astype(np.float32), tensor)
+
+
+@pytest.mark.parametrize("codec", [Uniform(), Uniform(threshold=0.0), Uniform(header_dtype="float32")])
+@pytest.mark.parametrize("blocks", [0, 1, 9])
+def test_the_stored_header_is_as_announced(codec, blocks):
+    coded = codec.encode(jnp.ones((blocks, codec.block_size)))
+    stored = codec.pack_header(coded.widths, coded.header)
+    announced = codec.stored_header(blocks)
+    assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in announced.items()}

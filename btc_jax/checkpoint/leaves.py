@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax import coding
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.manifest import CODES, LeafRecord, Tensor, canonical, check_path
@@ -165,9 +164,7 @@ def _check_planes(record: LeafRecord, tensor: BTCTensor) -> None:
 
 
 def _header_of(codec: Codec, blocks: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shapes and dtypes of the stored header; from that of 8 blocks, since each trace of a codec takes a while."""
-    of_8 = coding.stored_header(codec, 8).items()
-    return {name: ((-(-blocks * array.shape[0] // 8), *array.shape[1:]), array.dtype) for name, array in of_8}
+    return {name: (array.shape, array.dtype) for name, array in codec.stored_header(blocks).items()}
 
 
 def _widths(tensor: BTCTensor) -> np.ndarray:

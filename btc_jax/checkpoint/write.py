@@ -1,8 +1,10 @@
 """Saving: a tree into one file, or into several with an index, whole or not at all."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +13,17 @@ import numpy as np
 from btc_jax._typing import PyTree
 from btc_jax.checkpoint.files import crc32c, flush_folder, only_writer, temporary_of, whole_file
 from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import MAX_HEADER, VERSION, LeafRecord, Manifest, canonical, parse_header, signed
+from btc_jax.checkpoint.manifest import (
+    FORMAT,
+    MAX_HEADER,
+    VERSION,
+    LeafRecord,
+    Manifest,
+    canonical,
+    parse_header,
+    parse_json,
+    signed,
+)
 from btc_jax.checkpoint.structure import describe, rebuild
 from btc_jax.tree import flatten
 
@@ -37,7 +49,8 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
     Raises:
         TypeError: a leaf or a key of the tree cannot be stored; the message names it.
         ValueError: two leaves have one path, or there are too many leaves for one file, or too many files.
-        OSError: it could not be written; a `BlockingIOError` if another process is writing it.
+        OSError: it could not be written; a `BlockingIOError` if another process is writing it, a `FileExistsError` if
+            the index of another system stands beside it.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
@@ -94,6 +107,20 @@ def _refuse_unreadable(path: Path, tree: Any, leaves: Sequence[StoredLeaf]) -> N
     if len(set(paths)) < len(paths):
         raise ValueError("two leaves of the tree have the same path; rename one")
     rebuild(tree, paths)
+    _refuse_foreign_index(index_of(path))
+
+
+def _refuse_foreign_index(index: Path) -> None:
+    """An index goes with the checkpoint that it belongs to; one of another system is not ours to replace or remove."""
+    if not index.exists():
+        return
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = parse_json(index.read_bytes(), str(index))
+    metadata = found.get("metadata") if isinstance(found, dict) else None
+    if not isinstance(metadata, dict) or FORMAT not in metadata:
+        message = "is no index of a compressed checkpoint; save under another name, or remove it"
+        raise FileExistsError(errno.EEXIST, f"{index} {message}")
 
 
 def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:

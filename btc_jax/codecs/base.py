@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import jax
+
 from btc_jax._typing import Array, Float, PyTree, UInt, UInt8
 
 
@@ -46,10 +48,9 @@ class Codec(abc.ABC):
     def widths(self) -> tuple[int, ...]:
         """All widths a block of this codec can have, in bits, ascending."""
 
-    @property
     @abc.abstractmethod
-    def header_dtypes(self) -> dict[str, str]:
-        """Names and dtypes of the stored header arrays."""
+    def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names, shapes and dtypes of what `pack_header` makes of so many blocks."""
 
     @property
     def wide_bits(self) -> int:

@@ -21,6 +21,9 @@ _ROUND = 1.5 * 2**23
 """Added to a float32 in 0..2^22, leaves it rounded, half to even, in the low bits of the significand."""
 
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
 @dataclasses.dataclass(frozen=True)
 class Uniform(Codec):
     """Each block is quantized uniformly between its extremes, with few bits if it is smooth and many if it is not.
@@ -71,6 +74,8 @@ class Uniform(Codec):
                 "they need 1 <= low_bits < high_bits <= 8"
             )
         object.__setattr__(self, "threshold", _real("threshold", self.threshold))
+        if math.isfinite(self.threshold) and self.threshold > _LARGEST:
+            raise ValueError(f"threshold is {self.threshold}, beyond float32; give inf for never wide")
         if not self.threshold >= 0:
             raise ValueError(
                 f"threshold is {self.threshold}; it is a standard deviation: 0 or more, inf for never wide"
@@ -88,10 +93,12 @@ class Uniform(Codec):
     def wide_bits(self) -> int:
         return self.high_bits
 
-    @property
-    def header_dtypes(self) -> dict[str, str]:
-        extremes = {"minimum": self.header_dtype, "maximum": self.header_dtype}
-        return extremes if len(self.widths) == 1 else extremes | {"wide": "uint8"}
+    def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
+        extreme = jax.ShapeDtypeStruct((blocks,), jnp.dtype(self.header_dtype))
+        extremes = {"maximum": extreme, "minimum": extreme}
+        if len(self.widths) == 1:
+            return extremes
+        return extremes | {"wide": jax.ShapeDtypeStruct((-(-blocks // 8),), jnp.dtype(jnp.uint8))}
 
     def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
         wide, minimum, maximum = in_chunks(jax.vmap(self._statistics), blocks)
