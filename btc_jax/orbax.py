@@ -94,7 +94,10 @@ class BTCCheckpointHandler(ocp.AsyncCheckpointHandler):
         wanted = {t.name: ocp.RestoreArgs(restore_type=np.ndarray) for t in tensors if t.nbytes}
         if not wanted:
             return empty
-        return empty | self._arrays.restore(directory, args=ocp.args.PyTreeRestore(wanted, wanted))
+        try:
+            return empty | self._arrays.restore(directory, args=ocp.args.PyTreeRestore(wanted, wanted))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise BTCIntegrityError(f"{directory}: Orbax cannot read its arrays ({str(error)[:200]})") from error
 
 
 @ocp.args.register_with_handler(BTCCheckpointHandler, for_save=True)
@@ -151,7 +154,12 @@ def _read_manifest(directory: Any) -> Manifest:
         data = (directory / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise BTCFormatError(f"{what} has no {MANIFEST}; it was not saved with BTCSave, or is damaged") from error
-    return parse_manifest(open_signed(parse_json(data, f"{what}/{MANIFEST}"), what), what)
+    manifest = parse_manifest(open_signed(parse_json(data, f"{what}/{MANIFEST}"), what), what)
+    names, paths = [t.name for t in manifest.tensors()], [leaf.path for leaf in manifest.leaves]
+    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
+        raise BTCFormatError(f"{what}: two leaves have the same path")
+    rebuild(manifest.tree, paths)
+    return manifest
 
 
 def _checked(array: np.ndarray, tensor: Tensor, checksums: bool) -> np.ndarray:

@@ -1,13 +1,16 @@
-"""Checkpoint files of other systems into compressed ones, and back, leaf by leaf: never more than one in memory.
+"""Checkpoint files of other systems into compressed ones, and back, leaf by leaf: one in memory at a time.
+
+Only of a Flax msgpack file all is in memory: it has no index.
 
 Each finished leaf is a small checkpoint of its own in a folder beside the target, so that a run that was killed goes on
 where it was. At the end they are put together into the target, and the folder goes.
 """
 
 import dataclasses
-import glob
+import errno
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,9 +25,9 @@ from btc_jax._typing import PyTree
 from btc_jax.checkpoint.files import crc32c, only_writer, whole_file
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import CODES, LeafRecord, canonical
-from btc_jax.checkpoint.read import Checkpoint, open_checkpoint
+from btc_jax.checkpoint.read import Checkpoint, open_checkpoint, verify
 from btc_jax.checkpoint.structure import describe
-from btc_jax.checkpoint.write import StoredLeaf, real_path, write_leaves
+from btc_jax.checkpoint.write import StoredLeaf, check_target, index_of, real_path, write_leaves
 from btc_jax.codecs import Codec
 from btc_jax.metrics import Measures, error_of, jsonable, storage_of
 from btc_jax.plan import Plan, btc_plan, leaf_nbytes
@@ -106,17 +109,23 @@ def compress_file(
         OSError: the target could not be written.
     """
     start, target = time.perf_counter(), real_path(target)
+    check_target(target, max_shard_bytes)
     with open_source(source) as opened:
+        _refuse_source(target, opened.files)
+        fingerprint = opened.fingerprint()
         tree = _nested(opened.leaves)
         leaves, decisions, _ = decide(tree, _policy(opened, codec, policy))
         refuse_nothing_to_do(leaves, decisions)
         sizes = [leaf_nbytes(leaf) for leaf in leaves]
-        with _Parts(target, _identity(opened, decisions)) as parts:
+        with _Parts(target, _identity(fingerprint, decisions)) as parts:
             resumed = 0
             for i, (decision, size) in enumerate(zip(decisions, sizes, strict=True)):
                 resumed += _finish(parts.file(i), opened, decision)
                 if on_leaf:
                     on_leaf(decision.path, size)
+            if opened.fingerprint() != fingerprint:
+                shutil.rmtree(parts.folder)
+                raise ValueError(f"{source} was changed while it was read; run it again")
             written = write_leaves(target, describe(tree), parts.leaves(len(decisions)), max_shard_bytes)
     packed = sum(decision.codec is not None for decision in decisions)
     return Compressed(len(decisions), packed, resumed, sum(sizes), written, time.perf_counter() - start)
@@ -130,11 +139,15 @@ def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = N
         ValueError: a leaf is no array, or of a dtype that safetensors cannot hold.
         OSError: the target could not be written.
     """
+    target = real_path(target)
+    if index_of(target).exists():
+        raise FileExistsError(errno.EEXIST, f"{index_of(target)} is an index of the same name; name another file")
     with open_checkpoint(path) as checkpoint:
+        _refuse_source(target, checkpoint.files)
         entries = _plain_entries(checkpoint)
         header = canonical(entries).encode()
         header += b" " * (-len(header) % 8)
-        with whole_file(real_path(target)) as file:
+        with whole_file(target) as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for name in entries:
                 dtype = jnp.dtype(checkpoint.records[name].dtype)
@@ -154,15 +167,16 @@ class _Parts:
 
     def __enter__(self) -> "_Parts":
         self._lock.__enter__()
-        for other in self._target.parent.glob(f".{glob.escape(self._target.name)}.*.parts"):
-            if other != self.folder:
+        ours = re.compile(rf"\.{re.escape(self._target.name)}\.[0-9a-f]{{8}}\.parts")
+        for other in self._target.parent.iterdir():
+            if ours.fullmatch(other.name) and other != self.folder:
                 shutil.rmtree(other)  # left by a run with another source or policy
         self.folder.mkdir(exist_ok=True)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None or not any(self.folder.iterdir()):
-            shutil.rmtree(self.folder)
+        if kind is None or not any(self.folder.glob("*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.__exit__(None, None, None)
 
     def file(self, i: int) -> Path:
@@ -196,12 +210,13 @@ def _stored(file: Path) -> StoredLeaf:
 def _finish(file: Path, source: Source, decision: Decision) -> bool:
     """Makes sure that the file of a leaf is there, and says whether it already was."""
     try:
-        open_checkpoint(file).close()
+        finished = verify(file).ok
     except (OSError, ValueError):
+        finished = False
+    if not finished:
         record, arrays = _compress(source.read(decision.path), decision)
         write_leaves(file, 0, [(record, arrays)], None)
-        return False
-    return True
+    return finished
 
 
 def _compress(leaf: Any, decision: Decision) -> tuple[LeafRecord, list[np.ndarray]]:
@@ -215,6 +230,11 @@ def _compress(leaf: Any, decision: Decision) -> tuple[LeafRecord, list[np.ndarra
     measures = jsonable(Measures.of(storage_of(packed), error_of(leaf, packed.dequantize())))
     error = {name: measures[name] for name in ("rmse", "relative_rmse", "sqnr_db", "largest_error")}
     return dataclasses.replace(record, details=record.details | {"error": error}), arrays
+
+
+def _refuse_source(target: Path, files: Sequence[Path]) -> None:
+    if target in map(real_path, files):
+        raise ValueError(f"{target} is the source, or a part of it; name another file")
 
 
 def _policy(source: Source, codec: Codec | None, policy: Policy | None) -> Policy:
@@ -260,7 +280,7 @@ def _plain_entries(checkpoint: Checkpoint) -> dict[str, Any]:
     return entries
 
 
-def _identity(source: Source, decisions: Sequence[Decision]) -> str:
+def _identity(fingerprint: str, decisions: Sequence[Decision]) -> str:
     """Changes with the source and with what is to be done."""
     plan = [(d.path, d.codec and d.codec.to_json(), d.order) for d in decisions]
-    return crc32c(f"{source.fingerprint()} {canonical(plan)}".encode())
+    return crc32c(f"{fingerprint} {canonical(plan)}".encode())

@@ -205,7 +205,9 @@ def _starts_with_zero(array: Any) -> bool:
         return False
     if isinstance(array, jax.Array) and (array.is_deleted() or not array.is_fully_addressable):
         return False
-    return not any(np.asarray(array[(0,) * array.ndim]).tobytes())
+    with jax.ensure_compile_time_eval():  # nodes of constants are also built while others are traced
+        first = np.asarray(array[(0,) * array.ndim])
+    return not any(first.tobytes())
 
 
 def _decoded_operator(name: str) -> Any:

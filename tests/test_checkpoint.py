@@ -602,3 +602,51 @@ def test_the_index_of_another_system_is_left_alone(tmp_path, shards, content):
         save(tmp_path / "m.safetensors", {"a": 1}, max_shard_bytes=shards)
     assert index.read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == [index.name]
+
+
+def test_one_file_of_several_can_be_read_alone(tmp_path):
+    tree = {name: np.full(300, float(i), np.float32) for i, name in enumerate("abc")}
+    save(tmp_path / "m.safetensors", tree, max_shard_bytes=1300)
+    shards = sorted(tmp_path.glob("m-*.safetensors"))
+    with open_checkpoint(shards[1]) as shard:
+        assert list(shard.records) == ["b"]
+        assert np.array_equal(shard.read("b"), tree["b"])
+    assert list(load(shards[1], select="*")) == ["b"]
+    with pytest.raises(BTCFormatError, match="one of several files; open their index"):
+        load(shards[1])
+
+
+def test_permissions_of_a_replaced_file_stay(tmp_path):
+    save(tmp_path / "m.safetensors", {"a": 1})
+    (tmp_path / "m.safetensors").chmod(0o600)
+    save(tmp_path / "m.safetensors", {"a": 2})
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_masked_arrays_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="MaskedArray"):
+        save(tmp_path / "m.safetensors", {"a": np.ma.masked_array([1.0, 2.0], [True, False])})
+
+
+def test_an_interrupt_after_the_index_is_in_place_keeps_the_new_checkpoint(tmp_path, monkeypatch):
+    from btc_jax.checkpoint import files
+
+    path, flush = tmp_path / "m.safetensors", files.flush_folder
+    save(path, {"a": np.zeros(300)}, max_shard_bytes=100)
+
+    def interrupted(folder):
+        flush(folder)
+        if (
+            b"1.0" in (tmp_path / "m.safetensors.index.json").read_bytes()
+            or len(list(tmp_path.glob("m-*-00001-*"))) > 1
+        ):
+            interrupted.calls += 1
+            if interrupted.calls == 2:  # after the shard, after the index
+                raise KeyboardInterrupt
+
+    interrupted.calls = 0
+    monkeypatch.setattr(files, "flush_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(path, {"a": np.ones(300)}, max_shard_bytes=10_000)
+    monkeypatch.undo()
+    assert load(path)["a"][0] == 1.0

@@ -165,7 +165,7 @@ class TestDamage:
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_no_bit_anywhere_is_silent(self, item):
         expected, rng = restored(item), random.Random(0)
-        found = {"ours": 0, "orbax": 0, "harmless": 0}
+        found = {"ours": 0, "harmless": 0}
         for file, _ in itertools.product(sorted(path for path in item.rglob("*") if path.is_file()), range(12)):
             place, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
             flip(file, place, bit)
@@ -174,13 +174,10 @@ class TestDamage:
                 found["harmless"] += 1
             except BTCFormatError:
                 found["ours"] += 1
-            except (ValueError, KeyError, TypeError, OSError):
-                found["orbax"] += 1
             flip(file, place, bit)
         assert_same(restored(item), expected)
         gc.collect()  # what Orbax left behind, while its warnings are ignored
-        assert found["ours"] >= 15
-        assert found["orbax"] >= 5
+        assert found["ours"] >= 30
 
     def test_another_array_under_the_name(self, item):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

@@ -1,5 +1,6 @@
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,11 +66,7 @@ def test_the_search_ends_with_advice_and_the_file_answers_the_same(kept):
     assert re.search(r"best|No block size holds", output)
     assert "the logits are equal" in output
     assert f"{path.stat().st_size:,} bytes" in output
-    assert any(map(btc_jax.is_packed, _leaves(btc_jax.load(path))))
-
-
-def _leaves(tree) -> list:
-    return [leaf for item in tree.values() for leaf in (_leaves(item) if isinstance(item, dict) else [item])]
+    assert any(map(btc_jax.is_packed, jax.tree.leaves(btc_jax.load(path), is_leaf=btc_jax.is_packed)))
 
 
 @pytest.fixture

@@ -228,3 +228,52 @@ def test_an_nnx_state_in_an_orbax_folder(tmp_path):
         checkpointer.save(tmp_path / "orbax", state)
     assert compress_file(tmp_path / "orbax", tmp_path / "q.safetensors").packed == 1
     assert set(btc_jax.load(tmp_path / "q.safetensors")) == {"kernel", "bias"}
+
+
+def test_a_source_that_changes_meanwhile_is_refused(source, tmp_path):
+    def change(path, nbytes):
+        params = torch_params() | {"conv.bias": np.ones(8, np.float32)}
+        save_file(params, tmp_path / "new.safetensors")
+        os.replace(tmp_path / "new.safetensors", source)
+
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        compress_file(source, tmp_path / "q.safetensors", on_leaf=change)
+    assert not (tmp_path / "q.safetensors").exists()
+    assert not parts(tmp_path)
+
+
+def test_the_source_is_never_the_target(source, tmp_path):
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="is the source"):
+        compress_file(source, source)
+    assert source.read_bytes() == before
+    compress_file(source, tmp_path / "q.safetensors")
+    with pytest.raises(ValueError, match="is the source"):
+        restore_file(tmp_path / "q.safetensors", tmp_path / "q.safetensors")
+
+
+def test_a_bad_target_is_refused_before_any_work(source, tmp_path):
+    def never(path, nbytes):
+        raise AssertionError("work was done")
+
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        compress_file(source, tmp_path / "q.btc", max_shard_bytes=100, on_leaf=never)
+
+
+def test_a_flipped_bit_in_a_part_is_done_again(source, tmp_path):
+    target = tmp_path / "q.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        compress_file(source, target, on_leaf=interrupt)
+    (folder,) = (tmp_path / name for name in parts(tmp_path))
+    data = bytearray((folder / "0.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "0.safetensors").write_bytes(data)
+    assert compress_file(source, target).resumed == 0
+    assert btc_jax.verify(target).ok
+
+
+def test_parts_of_another_target_are_left_alone(source, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compress_file(source, tmp_path / "q.other", on_leaf=interrupt)
+    compress_file(source, tmp_path / "q")
+    assert compress_file(source, tmp_path / "q.other").resumed == 1

@@ -33,6 +33,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.truncate()
             yield file
             file.flush()
+            if path.exists():
+                os.fchmod(file.fileno(), path.stat().st_mode & 0o777)  # who could read it still can, and nobody else
             os.fsync(file.fileno())
             os.replace(temporary, path)
             flush_folder(path.parent)

@@ -37,7 +37,11 @@ def to_arrays(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         impl = str(jax.random.key_impl(leaf))
         return _dense(path, "key", leaf.shape, str(leaf.dtype), np.asarray(jax.random.key_data(leaf)), {"impl": impl})
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic) and _storable(leaf.dtype):
+    if (
+        isinstance(leaf, jax.Array | np.ndarray | np.generic)
+        and not isinstance(leaf, np.ma.MaskedArray)
+        and _storable(leaf.dtype)
+    ):
         return _dense(path, "dense", leaf.shape, np.dtype(leaf.dtype).name, np.asarray(leaf), {})
     name = type(leaf).__name__
     if _PYTHON.get(name) is type(leaf) and len(repr(leaf)) <= _MAX_TEXT:

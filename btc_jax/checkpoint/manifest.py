@@ -7,6 +7,7 @@ with the one in the file; so names, dtypes, shapes and places of all tensors are
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ CODES = {
 
 _DTYPES = {code: jnp.dtype(name) for name, code in CODES.items()}
 
+_DTYPE = re.compile(r"[a-z]+[0-9a-z_]*|key<[0-9a-z_]+>")
 KINDS = ("packed", "dense", "key", "python")
 
 
@@ -203,14 +205,18 @@ def _leaf(fields: dict[str, Any]) -> LeafRecord:
     details = dict(fields)
     path, kind, shape, dtype, tensors = (details.pop(name) for name in ("path", "kind", "shape", "dtype", "tensors"))
     check_path(path)
-    if kind not in KINDS or not isinstance(dtype, str):
+    error = details.get("error", {})
+    if not isinstance(error, dict) or not all(value is None or type(value) is float for value in error.values()):
+        raise BTCFormatError(f"leaf {path!r} has malformed errors, {str(error)[:60]}")
+    if kind not in KINDS or not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         raise BTCFormatError(f"leaf {path!r} is of the unknown kind {str(kind)[:20]!r}")
     return LeafRecord(path, kind, _shape(shape, path), dtype, tuple(_tensor(t, path) for t in tensors), details)
 
 
 def check_path(path: Any) -> None:
     """Refuses paths that would be dangerous if somebody took them for files."""
-    if not isinstance(path, str) or "\0" in path or path.startswith("/") or ".." in path.split("/"):
+    text = isinstance(path, str) and not any("\ud800" <= c <= "\udfff" for c in path)
+    if not text or "\0" in path or path.startswith("/") or ".." in path.split("/"):
         raise BTCFormatError(f"a leaf has the path {str(path)[:60]!r}; absolute paths, '..' and NUL are not allowed")
 
 

@@ -18,7 +18,7 @@ from btc_jax.checkpoint.files import crc32c, read_at
 from btc_jax.checkpoint.leaves import from_arrays
 from btc_jax.checkpoint.manifest import MAX_HEADER, LeafRecord, Manifest, Tensor, open_signed, parse_header, parse_json
 from btc_jax.checkpoint.structure import rebuild
-from btc_jax.checkpoint.write import MAX_SHARDS, SUFFIX, index_of, index_text, real_path
+from btc_jax.checkpoint.write import MAX_HEADERS, MAX_SHARDS, SUFFIX, index_of, index_text, real_path
 from btc_jax.tensor import is_packed
 from btc_jax.tree import flatten
 
@@ -85,6 +85,11 @@ class Checkpoint:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that it is read from."""
+        return (self.path, *(file.path for file in self._files))
+
     def close(self) -> None:
         for file in self._files:
             os.close(file.handle)
@@ -94,6 +99,11 @@ class Checkpoint:
         """Refuses a tree that does not take each leaf once, before any leaf is read."""
         self.build(list(self.records))
         return self
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is one of several files, opened without their index: it has leaves, but no tree."""
+        return self._tree is None and bool(self.records)
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +144,8 @@ class Checkpoint:
 
     def build(self, leaves: list[Any]) -> PyTree:
         """The tree of all leaves, given in the order of `records`."""
+        if self.is_part:
+            raise BTCFormatError(f"{self.path} is one of several files; open their index, or select leaves")
         try:
             return rebuild(self._tree, leaves)
         except BTCFormatError as error:
@@ -161,7 +173,8 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         return _open_index(index)
     file = _File(real_path(path))
     try:
-        return Checkpoint(file.path, [file], file.manifest.tree).check_tree()
+        checkpoint = Checkpoint(file.path, [file], file.manifest.tree)
+        return checkpoint if checkpoint.is_part else checkpoint.check_tree()
     except BaseException:
         os.close(file.handle)
         raise
@@ -253,13 +266,19 @@ def _open_index(path: Path) -> Checkpoint:
     data = path.read_bytes()
     index = parse_json(data, str(path))
     fields = open_signed(index.get("metadata") if isinstance(index, dict) else None, str(path))
-    shards, files = _listed(fields.get("shards"), path), []
+    shards, files, paths, headers = _listed(fields.get("shards"), path), [], set(), 0
     try:
         for name, crc, count in shards:
             files.append(_open_shard(path, name))
             manifest = files[-1].manifest
             if crc32c(manifest.text().encode()) != crc or len(manifest.leaves) != count:
                 raise BTCIntegrityError(f"{path}: {name} is not the file that was saved with this index")
+            headers += files[-1].start
+            if headers > MAX_HEADERS or not paths.isdisjoint(leaf.path for leaf in manifest.leaves):
+                raise BTCFormatError(
+                    f"{path}: its files have more than {MAX_HEADERS:,} bytes of headers, or a leaf twice"
+                )
+            paths.update(leaf.path for leaf in manifest.leaves)
         named = [(name, file.manifest) for (name, _, _), file in zip(shards, files, strict=True)]
         with refusing(f"{path}: the manifest"):
             if index_text(fields.get("tree"), named).encode() != data:

@@ -20,10 +20,10 @@ MAX_NAMED = 256
 """Kinds of named tuples in a tree, and fields of each: making their classes takes time."""
 
 _KINDS = ("dict", "list", "tuple", "namedtuple", "state", "variable", "object")
-_VARIABLES = {
-    name: getattr(nnx, name)
-    for name in ("Param", "BatchStat", "Cache", "Intermediate", "Perturbation", "RngKey", "RngCount", "Variable")
+_VARIABLES: dict[str, type[nnx.Variable]] = {
+    name: kind for name, kind in vars(nnx).items() if isinstance(kind, type) and issubclass(kind, nnx.Variable)
 }
+"""The variables of NNX itself. A class of the user's comes back as a plain `Variable`: a file must not import it."""
 
 
 def describe(tree: PyTree) -> Any:

@@ -29,6 +29,8 @@ from btc_jax.tree import flatten
 
 StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
 SUFFIX = ".safetensors"
+MAX_HEADERS = 4 * MAX_HEADER
+"""Bytes of the headers of all files of one checkpoint; a reader has them all in memory."""
 MAX_SHARDS = 500
 """Files of one checkpoint; a reader has them all open."""
 
@@ -68,7 +70,8 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
 
 def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:
     """Writes stored leaves in the containers that `tree` describes. Arrays may be lazy: one is looked at at a time."""
-    _refuse_unreadable(path, tree, leaves)
+    check_target(path, max_shard_bytes)
+    _refuse_unreadable(tree, leaves)
     with only_writer(path):
         if max_shard_bytes is not None:
             return _write_shards(path, tree, leaves, max_shard_bytes)
@@ -99,15 +102,28 @@ def index_text(tree: Any, shards: Sequence[tuple[str, Manifest]]) -> str:
     return canonical({"metadata": metadata, "weight_map": {t.name: name for t, name in tensors}})
 
 
-def _refuse_unreadable(path: Path, tree: Any, leaves: Sequence[StoredLeaf]) -> None:
-    """Refuses, before anything is touched, what could be written but not read again."""
+def check_target(path: Path, max_shard_bytes: int | None) -> None:
+    """Refuses, before any work, a place where a checkpoint cannot or must not be written.
+
+    Raises:
+        ValueError: the name does not fit, or `max_shard_bytes` is below 1.
+        FileExistsError: the index of another system stands there.
+    """
     if index_of(path) == path:
         raise ValueError(f"{path} is the name of an index; name the file without .index.json")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
+    if max_shard_bytes is not None and path.suffix != SUFFIX:
+        raise ValueError(f"{path} must end in {SUFFIX} to be split into several files")
+    _refuse_foreign_index(index_of(path))
+
+
+def _refuse_unreadable(tree: Any, leaves: Sequence[StoredLeaf]) -> None:
+    """Refuses, before anything is touched, what could be written but not read again."""
     paths = [record.path for record, _ in leaves]
     if len(set(paths)) < len(paths):
         raise ValueError("two leaves of the tree have the same path; rename one")
     rebuild(tree, paths)
-    _refuse_foreign_index(index_of(path))
 
 
 def _refuse_foreign_index(index: Path) -> None:
@@ -138,16 +154,13 @@ def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]
 
 def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> int:
     """New files under names of their own, then the index, which makes them the checkpoint, then away with the old."""
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
-    if path.suffix != SUFFIX:
-        raise ValueError(f"{path} must end in {SUFFIX} to be split into several files")
     groups = list(_grouped(leaves, max_shard_bytes))
     manifests = [Manifest(None, tuple(record for record, _ in group)) for group in groups]
     identity = crc32c("".join(manifest.text() for manifest in manifests).encode())
     names = [f"{path.stem}-{identity}-{i:05d}-of-{len(groups):05d}{SUFFIX}" for i in range(1, len(groups) + 1)]
     text = index_text(tree, list(zip(names, manifests, strict=True))).encode()
-    if len(groups) > MAX_SHARDS or len(text) > MAX_HEADER:
+    headers = sum(len(manifest.header()) for manifest in manifests)
+    if len(groups) > MAX_SHARDS or len(text) > MAX_HEADER or headers > MAX_HEADERS:
         raise ValueError(
             f"{len(leaves)} leaves in {len(groups)} files need an index of {len(text):,} bytes; at most {MAX_SHARDS} "
             f"files and {MAX_HEADER:,} bytes can be read; raise max_shard_bytes, or save parts of the tree"
@@ -161,8 +174,9 @@ def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard
                     size += _write_file(shard, manifest, group)
             file.write(text)
     except BaseException:
-        for shard in fresh:
-            shard.unlink(missing_ok=True)
+        if not (index.is_file() and index.read_bytes() == text):  # else the new files are the checkpoint already
+            for shard in fresh:
+                shard.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)  # the index comes first, so it is the checkpoint already
     _remove_shards(path, keep=names)

@@ -85,9 +85,9 @@ class Source(abc.ABC):
             FileNotFoundError: one of the files is gone.
         """
         digest = hashlib.sha256()
-        for file in self._files():
+        for file in self.files:
             stat, name = file.stat(), os.fsencode(os.path.relpath(file, self.file.parent))
-            digest.update(b"%d:%b %d %d\n" % (len(name), name, stat.st_size, stat.st_mtime_ns))
+            digest.update(b"%d:%b %d %d\n" % (len(name), name, stat.st_size, stat.st_ctime_ns))
         return digest.hexdigest()[:16]
 
     def close(self) -> None:
@@ -100,7 +100,9 @@ class Source(abc.ABC):
     def __exit__(self, *_):
         self.close()
 
-    def _files(self) -> Sequence[Path]:
+    @property
+    def files(self) -> Sequence[Path]:
+        """All files that it is read from."""
         return [self.file]
 
     @abc.abstractmethod

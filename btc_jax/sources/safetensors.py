@@ -17,7 +17,8 @@ class SafetensorsSource(Source):
         self.places: dict[str, tuple[Path, int]] = {}
         super().__init__(file)
 
-    def _files(self) -> Sequence[Path]:
+    @property
+    def files(self) -> Sequence[Path]:
         return [self.file, *self._shards]
 
     def _scan(self) -> Iterator[SourceLeaf]:

@@ -49,7 +49,8 @@ class OrbaxSource(Source):
         dtype = getattr(leaf, "dtype", None)
         return leaf_of(self.file, path, getattr(leaf, "shape", ()), type(leaf).__name__ if dtype is None else dtype)
 
-    def _files(self) -> Sequence[Path]:
+    @property
+    def files(self) -> Sequence[Path]:
         return sorted(file for file in self.file.rglob("*") if file.is_file())
 
     def _read(self, leaf: SourceLeaf) -> np.ndarray:

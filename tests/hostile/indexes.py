@@ -210,11 +210,6 @@ def index_a_folder(folder: Path) -> Path:
     return path
 
 
-def a_shard_alone(folder: Path) -> Path:
-    index(folder)
-    return folder / "m-0.safetensors"
-
-
 INDEXES = (
     *(shard_above, shard_below, shard_absolute, shard_missing, shard_of_another_checkpoint, shard_twice),
     *(shard_many_times, shards_without_end, shard_left_out, shards_exchanged, shard_of_another_count),
@@ -222,5 +217,5 @@ INDEXES = (
     *(shard_no_text, shard_a_folder, shard_a_pipe, shard_a_circle, shard_with_a_leaf_of_another, shards_no_list),
     *(shards_too_long, index_of_newer_version, index_with_another_tree, index_without_a_tree),
     *(index_with_an_infinite_tree, index_of_another_map, index_of_another_size, index_of_hugging_face),
-    *(index_too_large, index_deep, index_of_wrong_utf8, index_empty, index_a_folder, a_shard_alone),
+    *(index_too_large, index_deep, index_of_wrong_utf8, index_empty, index_a_folder),
 )
