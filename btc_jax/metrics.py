@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax._typing import Array, PyTree
+from btc_jax._typing import Array, ArrayLike, PyTree
 from btc_jax.codecs import Codec
 from btc_jax.plan import leaf_nbytes
 from btc_jax.policy import BTCPolicyError, Decision, Policy
@@ -207,22 +207,33 @@ def error_of(original: Any, decoded: Any) -> Error:
     """Error of `decoded` against `original`, summed in float64 whatever the scale of the weights."""
     if not math.prod(original.shape):
         return Error()
-    scale, weights, errors, largest = map(np.asarray, _sums(jnp.asarray(original), jnp.asarray(decoded)))
-    square = float(scale) ** 2
-    return Error(square * weights.sum(dtype=np.float64), square * errors.sum(dtype=np.float64), float(largest))
+    pair = [_in_rows(jnp.asarray(array)) for array in (original, decoded)]
+    extreme, largest = map(float, _largest(*pair))
+    # Squares of 1e-30 vanish in float32, and long sums lose digits: scale to 1, and leave the sum of rows to the host.
+    scale = max(extreme, largest) or 1.0
+    weights, errors = (np.asarray(x).sum(dtype=np.float64) for x in _square_sums(*pair, scale))
+    return Error(scale**2 * weights, scale**2 * errors, largest)
+
+
+def _in_rows(array: Array) -> Array:
+    """The array as it is, or, if it has one axis, cut into rows of a length that divides it."""
+    return array.reshape(-1, math.gcd(array.size, 4096)) if array.ndim < 2 else array
+
+
+# Two steps, so that XLA fuses each difference into its reduction, and no array of the size of the leaf is made.
 
 
 @jax.jit
-def _sums(original: Array, decoded: Array) -> tuple[Array, Array, Array, Array]:
-    # Squares of 1e-30 vanish in float32 and long sums lose digits: scale to 1, and leave the sum of the rows to the
-    # host.
-    w, e = original.astype(jnp.float32), original.astype(jnp.float32) - decoded.astype(jnp.float32)
-    largest = jnp.abs(e).max()
-    scale = jnp.maximum(jnp.abs(w).max(), largest)
-    scale = jnp.where(scale > 0, scale, 1.0)
-    rows = [jnp.pad((x / scale).reshape(-1), (0, -x.size % 4096)).reshape(-1, 4096) for x in (w, e)]
-    weights, errors = (jnp.square(row).sum(1) for row in rows)
-    return scale, weights, errors, largest
+def _largest(original: Array, decoded: Array) -> tuple[Array, Array]:
+    w = original.astype(jnp.float32)
+    return jnp.abs(w).max(), jnp.abs(w - decoded.astype(jnp.float32)).max()
+
+
+@jax.jit
+def _square_sums(original: Array, decoded: Array, scale: ArrayLike) -> tuple[Array, Array]:
+    """Sums over the last axis of squared weights and errors, each divided by `scale` first."""
+    w = original.astype(jnp.float32)
+    return jnp.square(w / scale).sum(-1), jnp.square((w - decoded.astype(jnp.float32)) / scale).sum(-1)
 
 
 def dict_of(tree: PyTree) -> dict[str, Any]:

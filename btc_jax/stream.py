@@ -6,6 +6,7 @@ Each finished leaf is a small checkpoint of its own in a folder beside the targe
 where it was. At the end they are put together into the target, and the folder goes.
 """
 
+import ctypes
 import dataclasses
 import errno
 import math
@@ -14,6 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,14 @@ def _finish(file: Path, source: Source, decision: Decision) -> bool:
     if not finished:
         record, arrays = _compress(source.read(decision.path), decision)
         write_leaves(file, 0, [(record, arrays)], None)
+        _trim_heap()
     return finished
+
+
+def _trim_heap() -> None:
+    """Gives freed memory back to the system: glibc keeps pieces of it, and those of large leaves add up."""
+    with suppress(OSError, AttributeError):  # only glibc has this
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _compress(leaf: Any, decision: Decision) -> tuple[LeafRecord, list[np.ndarray]]:
