@@ -110,24 +110,17 @@ def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
 def encode_memory(leaf: jax.Array, codec: Uniform) -> tuple[int, int]:
     """Peak bytes that packing takes beyond the leaf, its output included, and the bytes of the output.
 
-    From the compiled steps' own accounts: first step, then every plane that the second one makes smaller.
+    By the compiled first step's own account; then numpy makes the smaller planes, which are copied to the device.
     """
     tensor = quantize_leaf(leaf, codec, "stored")
-    rows, widths, _, _, counts = coding._encode(leaf, codec, "stored")
-    held, temporary = _memory(coding._encode.lower(leaf, codec, "stored"))
-    peak = held + temporary
-    for plane, kept in zip(rows, coding._kept_rows(codec, tuple(counts.tolist())), strict=True):
-        if kept < widths.size:
-            output, temporary = _memory(coding._compact.lower(plane, widths, codec.high_bits, kept))
-            held += output
-            peak = max(peak, held + temporary)
+    sizes: Any = coding._encode.lower(leaf, codec, "stored").compile().memory_analysis()
+    held = sizes.output_size_in_bytes
+    peak = held + sizes.temp_size_in_bytes
+    for packed in tensor.planes:
+        if packed.shape[0] < tensor.num_blocks:
+            peak = max(peak, held + 2 * packed.nbytes)
+            held += packed.nbytes
     return peak, tensor.nbytes
-
-
-def _memory(lowered: Any) -> tuple[int, int]:
-    """Bytes of output and of temporary arrays of a jitted step."""
-    sizes = lowered.compile().memory_analysis()
-    return sizes.output_size_in_bytes, sizes.temp_size_in_bytes
 
 
 def table(seconds: dict[str, float]) -> Table:

@@ -1,7 +1,7 @@
 """One leaf <-> its packed arrays: blocks, codec and planes put together and jitted.
 
 Arrays under `jax.jit` have fixed shapes, and how many rows a plane has is known only when the widths are. So packing is
-two jitted steps with a read of a few integers in between, and cannot itself run under `jit`; `reconstruct` can.
+two steps with a read of a few integers in between, and cannot itself run under `jit`; `reconstruct` can.
 """
 
 import functools
