@@ -31,6 +31,7 @@ from btc_jax.checkpoint import save as save
 from btc_jax.checkpoint import verify as verify
 from btc_jax.codecs import Codec as Codec
 from btc_jax.codecs import Coded as Coded
+from btc_jax.codecs import Multilevel as Multilevel
 from btc_jax.codecs import Uniform as Uniform
 from btc_jax.codecs import codec_from_json as codec_from_json
 from btc_jax.evaluate import Evaluation as Evaluation

@@ -25,7 +25,7 @@ else:
 
         Bool = Float = Int = UInt = UInt8 = _Anything
 
-Order = Literal["output-major", "stored"]
+Order = Literal["output-major", "stored", "output-major-taps", "stored-taps"]
 """The order in which the weights of a leaf run through its blocks: see `btc_jax.blocks`."""
 
 PyTree = Any

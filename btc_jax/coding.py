@@ -14,22 +14,28 @@ import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
-from btc_jax.blocks import axes, inverse, join, split
-from btc_jax.codecs import Codec
+from btc_jax.blocks import axes, inverse, join, split, tap_sizes, transformed
+from btc_jax.codecs import Codec, Coded, Setting
+from btc_jax.codecs.base import root_mean_square
 from btc_jax.planes import compact, expand, pack_planes, plane_specs, row_layout, unpack_planes
 
 Planes = tuple[Array, ...]
 Header = dict[str, Array]
 
 
-def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tuple[Planes, Header]:
+def pack(
+    leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf", slope: ArrayLike = 0.0
+) -> tuple[Planes, Header]:
     """Planes and header of a leaf of any floating dtype.
+
+    Args:
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the leaf's weights.
 
     Raises:
         ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
     leaf = jnp.asarray(leaf)
-    rows, widths, header, finite, counts = _encode(leaf, codec, order)
+    rows, widths, header, finite, counts = _encode(leaf, _number(slope), codec, order)
     finite, counts = bool(finite), tuple(counts.tolist())
     if not finite:
         raise ValueError(f"{path}: {_what_does_not_fit(leaf, codec)}")
@@ -42,16 +48,43 @@ def pack(leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf") -> tup
 
 def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order) -> Array:
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
-    permutation = axes(len(shape), order)
-    decoded = _unpack(planes, header, codec, tuple(shape[axis] for axis in permutation), dtype)
+    permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
+    placed = tuple(shape[axis] for axis in permutation)
+    decoded = _unpack(planes, header, codec, placed, jnp.float32 if taps else dtype)
+    if taps:
+        return _from_frequencies(decoded, taps, inverse(permutation), dtype)
     # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
     return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
-def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order) -> Float[Array, "..."]:
+def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: ArrayLike = 0.0) -> Float[Array, "..."]:
     """`unpack(pack(leaf))` in one traced call. Its derivative is the identity (straight-through)."""
-    return _reconstruct(codec, order, leaf)
+    return _reconstruct(codec, order, leaf, _number(slope))
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def blocks_of(leaf: Float[Array, "..."], codec: Codec, order: Order) -> list[Float[Array, "_ _"]]:
+    """The full blocks and the short last one, each a matrix; at least one, for a leaf of size 0."""
+    return _parts(leaf, codec, order)
+
+
+@functools.partial(jax.jit, static_argnames="codec")
+def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) -> tuple[Array, Array]:
+    """How many blocks would have each of `codec.widths`, and the squared error over the square of the weights."""
+    setting = codec.tune(parts, slope)
+    coded = [codec.encode(part, setting) for part in parts]
+    signal = jnp.maximum(root_mean_square(parts), jnp.finfo(jnp.float32).tiny)
+    errors = [_decoded(codec, one, setting) - part for one, part in zip(coded, parts, strict=True)]
+    squares = functools.reduce(jnp.add, [jnp.square(error / signal).sum(1).sum() for error in errors])
+    widths = jnp.concatenate([one.widths for one in coded])
+    return _histogram(widths, codec), squares / max(sum(part.size for part in parts), 1)
+
+
+@jax.jit
+def square_sums(leaf: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
+    """Sums of the squares of `leaf / scale` over the last axis."""
+    return jnp.square(leaf.astype(jnp.float32) / jnp.asarray(scale, jnp.float32)).sum(-1)
 
 
 def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
@@ -63,24 +96,28 @@ def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
-def count_widths(leaf: Float[Array, "..."], codec: Codec, order: Order) -> Array:
+def count_widths(leaf: Float[Array, "..."], slope: ArrayLike, codec: Codec, order: Order) -> Array:
     """How many blocks have each of `codec.widths`; much cheaper than packing."""
-    widths = jnp.concatenate([codec.encode(part).widths for part in _parts(leaf, codec, order)])
-    return _histogram(widths, codec)
+    matrices = _parts(leaf, codec, order)
+    setting = codec.tune(matrices, slope)
+    return _histogram(jnp.concatenate([codec.encode(part, setting).widths for part in matrices]), codec)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
-def _encode(leaf: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Header, Array, Array]:
+def _encode(leaf: Array, slope: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Header, Array, Array]:
     """Step 1 of packing: rows of all blocks in all planes, widths, stored header, and the numbers the host needs."""
-    parts = [codec.encode(part) for part in _parts(leaf, codec, order)]
+    matrices = _parts(leaf, codec, order)
+    setting = codec.tune(matrices, slope)
+    parts = [codec.encode(part, setting) for part in matrices]
     widths = jnp.concatenate([part.widths for part in parts])
     header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
     specs = plane_specs(codec.widths)
     rows = [pack_planes(_filled_up(part.codes, codec), part.widths, specs) for part in parts]
     rows = tuple(jnp.concatenate(plane) for plane in zip(*rows, strict=True))
-    floating = [array for array in header.values() if jnp.issubdtype(array.dtype, jnp.floating)]
+    stored = codec.pack_header(widths, header, setting)
+    floating = [array for array in stored.values() if jnp.issubdtype(array.dtype, jnp.floating)]
     finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in floating]))
-    return rows, widths, codec.pack_header(widths, header), finite, _histogram(widths, codec)
+    return rows, widths, stored, finite, _histogram(widths, codec)
 
 
 _compact = jax.jit(compact, static_argnums=(2, 3))
@@ -94,6 +131,11 @@ def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
 
 
 _transposed = jax.jit(jnp.transpose, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[int, ...], dtype: Any) -> Array:
+    return transformed(decoded, taps, back=True).transpose(permutation).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
@@ -129,15 +171,25 @@ def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _reconstruct(codec: Codec, order: Order, leaf: Array) -> Array:
-    coded = [codec.encode(part) for part in _parts(leaf, codec, order)]
-    blocks = [_filled_up(codec.decode(c.codes, codec.grid(c.widths, c.header)), codec) for c in coded]
+def _reconstruct(codec: Codec, order: Order, leaf: Array, slope: Array) -> Array:
+    matrices = _parts(leaf, codec, order)
+    setting = codec.tune(matrices, slope)
+    blocks = [_filled_up(_decoded(codec, codec.encode(part, setting), setting), codec) for part in matrices]
     return join(jnp.concatenate(blocks), leaf.shape, order).astype(leaf.dtype)
 
 
 @_reconstruct.defjvp
-def _straight_through(codec: Codec, order: Order, primals: tuple[Array], tangents: tuple[Array]) -> Any:
-    return _reconstruct(codec, order, primals[0]), tangents[0]
+def _straight_through(codec: Codec, order: Order, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    return _reconstruct(codec, order, *primals), tangents[0]
+
+
+def _decoded(codec: Codec, coded: Coded, setting: Setting) -> Array:
+    return codec.decode(coded.codes, codec.grid(coded.widths, coded.header | setting))
+
+
+def _number(slope: ArrayLike) -> Array:
+    """As an array, so that another number does not ask for another program."""
+    return jnp.asarray(slope, jnp.float32)
 
 
 def _parts(leaf: Array, codec: Codec, order: Order) -> list[Array]:

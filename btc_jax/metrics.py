@@ -15,10 +15,9 @@ import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, PyTree
 from btc_jax.codecs import Codec
-from btc_jax.plan import leaf_nbytes
 from btc_jax.policy import BTCPolicyError, Decision, Policy
 from btc_jax.tensor import BTCTensor, is_packed
-from btc_jax.tree import decide, flatten, one_policy
+from btc_jax.tree import decide, flatten, leaf_nbytes, one_policy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from btc_jax._typing import PyTree
+from btc_jax.allocate import Choice, target_of
 from btc_jax.codecs import Codec
 from btc_jax.coding import count_widths, packed_nbytes
 from btc_jax.policy import Decision, Policy
 from btc_jax.tensor import is_packed
-from btc_jax.tree import decide, one_policy
+from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,15 @@ class Plan:
 
 
 def btc_plan(
-    params: PyTree, codec: Codec | None = None, *, policy: Policy | None = None, measure: bool = False
+    params: PyTree,
+    codec: Codec | None = None,
+    *,
+    policy: Policy | None = None,
+    bits: float | None = None,
+    size: float | str | None = None,
+    rmse: float | None = None,
+    sqnr_db: float | None = None,
+    measure: bool = False,
 ) -> Plan:
     """Which leaves `btc_quantize` would take, why not the others, and the bytes of the result.
 
@@ -76,8 +84,9 @@ def btc_plan(
 
     Args:
         params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-        codec, policy: as for `btc_quantize`.
-        measure: read the values and count the blocks of each width. The sizes are then exact, to the byte.
+        codec, policy, bits, size, rmse, sqnr_db: as for `btc_quantize`.
+        measure: read the values, share out the bits, and count the blocks of each width. The sizes are then exact, to
+            the byte.
 
     Raises:
         BTCPolicyError: a rule fits no leaf.
@@ -89,26 +98,27 @@ def btc_plan(
         >>> [(row.path, row.reason, row.bytes_min, row.bytes_max) for row in plan.rows]
         [('bias', 'bias', 256, 256), ('kernel', 'default', 2312, 4360)]
     """
-    leaves, decisions, _ = decide(params, one_policy(codec, policy))
-    return Plan(tuple(_row(leaf, how, measure) for leaf, how in zip(leaves, decisions, strict=True)))
+    target = target_of(bits, size, rmse, sqnr_db)
+    policy = one_policy(codec, policy, target)
+    leaves, decisions, _ = decide(params, policy)
+    choices: list[Choice | None] = [None] * len(leaves)
+    if measure:
+        for leaf, how in zip(leaves, decisions, strict=True):
+            if how.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
+                raise TypeError(f"{how.path} is a ShapeDtypeStruct, without values to measure; leave out measure=True")
+        choices = choose(leaves, decisions, target, policy.balance)
+    return Plan(tuple(_row(*row) for row in zip(leaves, decisions, choices, strict=True)))
 
 
-def leaf_nbytes(leaf: Any) -> int:
-    """Bytes of the array or packed leaf; 0 for what is neither."""
-    if hasattr(leaf, "nbytes"):
-        return int(leaf.nbytes)
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0
-
-
-def _row(leaf: Any, decision: Decision, measure: bool) -> PlanRow:
+def _row(leaf: Any, decision: Decision, choice: Choice | None) -> PlanRow:
     before = leaf_nbytes(leaf)
-    low, high = (before, before) if decision.codec is None else _packed_range(leaf, decision, measure)
+    low, high = (before, before) if decision.codec is None else _packed_range(leaf, decision.codec, choice)
     return PlanRow(
         decision.path,
         tuple(getattr(leaf, "shape", ())),
         str(getattr(leaf, "dtype", type(leaf).__name__)),
-        leaf.codec if is_packed(leaf) else decision.codec,
-        leaf.order if is_packed(leaf) else decision.order,
+        leaf.codec if is_packed(leaf) else choice.codec if choice else decision.codec,
+        leaf.order if is_packed(leaf) else choice.order if choice else decision.order,
         decision.reason,
         before,
         low,
@@ -116,14 +126,11 @@ def _row(leaf: Any, decision: Decision, measure: bool) -> PlanRow:
     )
 
 
-def _packed_range(leaf: Any, decision: Decision, measure: bool) -> tuple[int, int]:
-    codec, size = decision.codec, math.prod(leaf.shape)
-    assert codec is not None
-    if measure:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values to measure; leave out measure=True")
-        counts = tuple(count_widths(jnp.asarray(leaf), codec, decision.order).tolist())
-        exact = packed_nbytes(codec, size, counts)
+def _packed_range(leaf: Any, codec: Codec, choice: Choice | None) -> tuple[int, int]:
+    size = math.prod(leaf.shape)
+    if choice:
+        counts = tuple(count_widths(jnp.asarray(leaf), choice.slope, choice.codec, choice.order).tolist())
+        exact = packed_nbytes(choice.codec, size, counts)
         return exact, exact
     blocks, others = -(-size // codec.block_size), (0,) * (len(codec.widths) - 1)
     return packed_nbytes(codec, size, (blocks, *others)), packed_nbytes(codec, size, (*others, blocks))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._typing import Order
+from btc_jax.blocks import ORDERS
 from btc_jax.codecs import Codec, Uniform
 
 _STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates")
@@ -33,6 +35,7 @@ class Rule:
             expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
         codec: how matching leaves are coded; `None` leaves them dense.
         order: how their weights run through the blocks; `None` leaves it to the policy.
+        weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
 
     Raises:
         BTCPolicyError: the regular expression is malformed, or an argument is of the wrong kind.
@@ -41,6 +44,7 @@ class Rule:
     pattern: str
     codec: Codec | None
     order: Order | None = None
+    weight: float = 1.0
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -48,6 +52,8 @@ class Rule:
         if not isinstance(self.codec, Codec | None):
             raise BTCPolicyError(f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec or None")
         _check_order(self.order)
+        if not (isinstance(self.weight, float | int) and 0 < self.weight < math.inf):
+            raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
         try:
             self.matches("")
         except re.error as error:
@@ -83,12 +89,23 @@ class LeafSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a policy says of one leaf: its codec, or `None` for a dense leaf, with the reason."""
+    """What a policy says of one leaf.
+
+    Attributes:
+        path: the leaf.
+        codec: its codec, or `None` for a dense leaf.
+        order: how its weights run through the blocks.
+        reason: why it is taken, or is not.
+        free: the order may become the one that transforms the taps as well, where that pays.
+        weight: how much its squared error counts.
+    """
 
     path: str
     codec: Codec | None
     order: Order
     reason: str
+    free: bool = False
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +123,10 @@ class Policy:
         min_size: fewest weights that the default takes.
         order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for leaves
             named `embedding`, `"output-major"` for all others.
+        taps: where bits are shared out for a target, an order may become the one that transforms the taps of a
+            convolution as well, if that pays.
+        balance: where bits are shared out for a target, the squared error of a leaf counts `rms ** -balance`: 0 for the
+            least total error, 2 for the least error of each leaf relative to its weights.
 
     Example:
         >>> policy = Policy(Uniform(block_size=32), rules=(Rule("*/head/*", None),))
@@ -120,6 +141,8 @@ class Policy:
     min_axes: int = 2
     min_size: int = 4096
     order: Order | None = None
+    taps: bool = True
+    balance: float = 0.5
 
     def __post_init__(self):
         if isinstance(self.rules, Rule):
@@ -130,6 +153,8 @@ class Policy:
             raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform()")
         if not all(isinstance(rule, Rule) for rule in self.rules):
             raise BTCPolicyError(f"rules are {self.rules!r}; each must be a Rule(pattern, codec)")
+        if not (isinstance(self.balance, float | int) and 0 <= self.balance <= 2):
+            raise BTCPolicyError(f"balance is {self.balance!r}; it must be a number from 0 to 2")
         _check_order(self.order)
 
     def decide(self, leaves: Sequence[LeafSpec]) -> list[Decision]:
@@ -160,7 +185,7 @@ class Policy:
             obstacle = obstacle or self._not_by_default(leaf)
         order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
         reason = obstacle or (f"rule {number}" if number else "default")
-        return Decision(leaf.path, None if obstacle else rule.codec, order, reason)
+        return Decision(leaf.path, None if obstacle else rule.codec, order, reason, self.taps, rule.weight)
 
     def _first_match(self, path: str) -> int:
         """Number of the rule that decides a path, from 1; 0 is the default."""
@@ -207,5 +232,5 @@ def _nearest(rule: Rule, leaves: Sequence[LeafSpec]) -> str:
 
 
 def _check_order(order: str | None) -> None:
-    if order not in (None, "output-major", "stored"):
-        raise BTCPolicyError(f"order is {order!r}; it can be 'output-major', 'stored' or None")
+    if order is not None and order not in ORDERS:
+        raise BTCPolicyError(f"order is {order!r}; it can be None, {', '.join(map(repr, ORDERS))}")

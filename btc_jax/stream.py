@@ -32,11 +32,11 @@ from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.write import StoredLeaf, check_target, index_of, real_path, write_leaves
 from btc_jax.codecs import Codec
 from btc_jax.metrics import Measures, error_of, jsonable, storage_of
-from btc_jax.plan import Plan, btc_plan, leaf_nbytes
+from btc_jax.plan import Plan, btc_plan
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import Source, SourceLeaf, open_source
 from btc_jax.tensor import quantize_leaf
-from btc_jax.tree import decide, one_policy, refuse_nothing_to_do
+from btc_jax.tree import decide, leaf_nbytes, one_policy, refuse_nothing_to_do
 
 PathLike = str | os.PathLike[str]
 OnLeaf = Callable[[str, int], None]

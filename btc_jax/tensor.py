@@ -15,6 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax import coding
 from btc_jax._typing import Array, Order
+from btc_jax.allocate import DEFAULT_BITS, Item, Target, allocate
+from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec
 
 
@@ -135,7 +137,9 @@ class BTCTensor(AxisMetadata):
     remove_axis = add_axis
 
 
-def quantize_leaf(leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf") -> BTCTensor:
+def quantize_leaf(
+    leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf", slope: float | None = None
+) -> BTCTensor:
     """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
 
     Args:
@@ -143,6 +147,8 @@ def quantize_leaf(leaf: Any, codec: Codec, order: Order = "output-major", path: 
         codec: how the blocks are coded.
         order: how the weights run through the blocks.
         path: what error messages call the leaf.
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the weights; without
+            it, the one that comes to 4.5 effective bits. A tree is better shared out as a whole, by `btc_quantize`.
 
     Raises:
         ValueError: weights are NaN, infinite, or too large for the header; or the order is unknown.
@@ -154,14 +160,25 @@ def quantize_leaf(leaf: Any, codec: Codec, order: Order = "output-major", path: 
         raise TypeError(
             f"{path} is traced; the widths of its blocks are read on the host. Use btc_reconstruct inside jit"
         )
-    if order not in ("output-major", "stored"):
-        raise ValueError(f"{path}: order is {order!r}; it can be 'output-major' or 'stored'")
+    check_order(order, np.shape(leaf), path)
     dtype = np.dtype(getattr(leaf, "dtype", float))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
     array = _gathered(jnp.asarray(leaf))
-    planes, header = coding.pack(array, codec, order, path)
+    if codec.adaptive and slope is None:
+        item = Item(path, lambda: array, array.shape, codec, order)
+        (choice,), _ = allocate([item], Target("bits", DEFAULT_BITS), balance=0)
+        codec, slope = choice.codec, choice.slope
+    planes, header = coding.pack(array, codec, order, path, slope or 0.0)
     return BTCTensor(planes, header, array.shape, dtype, codec, order)
+
+
+def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
+    """Refuses an order that is unknown, or would transform axes that are too long for taps."""
+    if order not in ORDERS:
+        raise ValueError(f"{what}: order is {order!r}; it can be {', '.join(map(repr, ORDERS))}")
+    if math.prod(taps := tap_sizes(shape, order)) > MAX_TAPS:
+        raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in all")
 
 
 def _gathered(leaf: Array) -> Array:

@@ -1,6 +1,8 @@
 """The same for whole trees: every leaf that the policy takes is packed, decoded, or both."""
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,13 +13,22 @@ from btc_jax import coding
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
-from btc_jax.codecs import Codec
+from btc_jax.allocate import DEFAULT_BITS, Choice, Item, Target, allocate, target_of
+from btc_jax.codecs import Codec, Multilevel, Uniform
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
 def btc_quantize(
-    params: PyTree, codec: Codec | None = None, *, policy: Policy | None = None, progress: bool = False
+    params: PyTree,
+    codec: Codec | None = None,
+    *,
+    policy: Policy | None = None,
+    bits: float | None = None,
+    size: float | str | None = None,
+    rmse: float | None = None,
+    sqnr_db: float | None = None,
+    progress: bool = False,
 ) -> PyTree:
     """Packs the weights of a model: the same tree, with a `BTCTensor` for each leaf that the policy takes.
 
@@ -25,18 +36,26 @@ def btc_quantize(
     Unmodified models run on the result: `model.apply({"params": q}, x)`, `nnx.merge(graphdef, q)(x)`. Leaves that are
     packed already pass through untouched.
 
+    With a target the bits are shared out over the whole tree for the least error; without one, codecs that adapt to a
+    target (`Multilevel`, and `Uniform(threshold="auto")`) come to 4.5 bits.
+
     Args:
         params: a pytree of jax or numpy arrays.
         codec: the codec of leaves taken by default; short for `policy=Policy(codec)`.
-        policy: which leaves are taken, and how; `Policy()` if neither is given.
+        policy: which leaves are taken, and how. If neither is given, `Policy(Multilevel())` with a target, and `Policy()`
+            without.
+        bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
+        size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
+        rmse: root mean squared error over the packed weights at most, in their units.
+        sqnr_db: signal to quantization noise over the packed weights at least, in dB.
         progress: show a bar on a terminal, a step a leaf.
 
     Returns:
         The packed tree. `btc_plan` and `btc_metrics` say what became of each leaf.
 
     Raises:
-        ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; or the tree is
-            empty.
+        ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
+            empty; or the target cannot be reached, and the message says what can.
         BTCPolicyError: a rule fits no leaf, or no leaf is taken.
         TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
@@ -45,13 +64,17 @@ def btc_quantize(
         >>> params = {"Dense_0": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
         >>> btc_jax.btc_quantize(params)["Dense_0"]["kernel"].nbytes
         2312
+        >>> btc_jax.btc_quantize(params, bits=4.5)["Dense_0"]["kernel"].dequantize()[0, 0]
+        Array(1., dtype=float32)
     """
-    policy = one_policy(codec, policy)
+    target = target_of(bits, size, rmse, sqnr_db)
+    policy = one_policy(codec, policy, target)
     leaves, decisions, treedef = decide(params, policy)
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
-    pairs = list(zip(leaves, decisions, strict=True))
-    return treedef.unflatten([_quantize(leaf, how) for leaf, how in tracked(pairs, "quantizing", progress)])
+    choices = choose(leaves, decisions, target, policy.balance)
+    triples = list(zip(leaves, decisions, choices, strict=True))
+    return treedef.unflatten([_quantize(*triple) for triple in tracked(triples, "quantizing", progress)])
 
 
 def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
@@ -114,13 +137,42 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
     return leaves, policy.decide([_spec(*pair) for pair in zip(paths, leaves, strict=True)]), treedef
 
 
-def one_policy(codec: Codec | None, policy: Policy | None) -> Policy:
-    """The policy that the arguments `codec` and `policy` stand for."""
+def choose(
+    leaves: Sequence[Any], decisions: Sequence[Decision], target: Target | None, balance: float
+) -> list[Choice | None]:
+    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs come to 4.5 bits.
+
+    Args:
+        leaves: arrays, packed leaves, or functions that give the values of a leaf.
+    """
+    taken = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is not None]
+    adaptive = [pair for pair in taken if pair[1].codec.adaptive]
+    if target is None and adaptive:
+        target, shared = Target("bits", DEFAULT_BITS), adaptive
+    else:
+        shared = taken if target else []
+    beside = sum(leaf_nbytes(leaf) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is None)
+    found = {}
+    if target:
+        choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
+        found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
+    return [None if how.codec is None else found.get(how.path, Choice(how.codec, how.order, 0.0)) for how in decisions]
+
+
+def leaf_nbytes(leaf: Any) -> int:
+    """Bytes of the array or packed leaf; 0 for what is neither."""
+    if hasattr(leaf, "nbytes"):
+        return int(leaf.nbytes)
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0
+
+
+def one_policy(codec: Codec | None, policy: Policy | None, target: Target | None = None) -> Policy:
+    """The policy that the arguments `codec`, `policy` and the target stand for."""
     if codec is not None and policy is not None:
         raise BTCPolicyError("both codec and policy are given; put the codec into the policy: Policy(codec, ...)")
     if policy is not None:
         return policy
-    return Policy() if codec is None else Policy(codec)
+    return Policy(codec or (Multilevel() if target else Uniform()))
 
 
 def _spec(path: str, leaf: Any) -> LeafSpec:
@@ -131,10 +183,13 @@ def _spec(path: str, leaf: Any) -> LeafSpec:
     return LeafSpec(path, (), None)
 
 
-def _quantize(leaf: Any, decision: Decision) -> Any:
-    if decision.codec is None:
-        return leaf
-    return quantize_leaf(leaf, decision.codec, decision.order, decision.path)
+def _item(leaf: Any, how: Decision) -> Item:
+    assert how.codec is not None
+    return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
+
+
+def _quantize(leaf: Any, how: Decision, choice: Choice | None) -> Any:
+    return leaf if choice is None else quantize_leaf(leaf, choice.codec, choice.order, how.path, choice.slope)
 
 
 def _reconstruct(leaf: Any, decision: Decision) -> Any:

@@ -5,7 +5,20 @@ import btc_jax
 
 # The way the data flows; a module imports only from those before it.
 ROOMS = [
-    *("_typing", "_xla", "_paths", "_progress", "codecs", "policy", "blocks", "planes", "coding", "tensor", "tree"),
+    *(
+        "_typing",
+        "_xla",
+        "_paths",
+        "_progress",
+        "codecs",
+        "blocks",
+        "policy",
+        "planes",
+        "coding",
+        "allocate",
+        "tensor",
+        "tree",
+    ),
     *("plan", "metrics", "baselines", "evaluate", "search", "report", "checkpoint", "sources", "stream", "orbax"),
     *("compare", "_console", "cli"),
 ]

@@ -67,7 +67,7 @@ def test_equals_the_oracle(block_size, low_bits, high_bits):
 
 def test_codes_equal_the_oracle():
     blocks = weights(1, (50, 64))
-    coded = Uniform(64).encode(jnp.asarray(blocks))
+    coded = Uniform(64).encode(jnp.asarray(blocks), Uniform(64).tune([], 0.0))
     for codes, width, block in zip(coded.codes, coded.widths, blocks, strict=True):
         bits, expected, *_ = oracle.quantize_block(block, 4, 8, 0.05)
         assert width == bits
@@ -212,7 +212,8 @@ def test_float64_weights():
 @pytest.mark.parametrize("codec", [Uniform(), Uniform(threshold=0.0), Uniform(header_dtype="float32")])
 @pytest.mark.parametrize("blocks", [0, 1, 9])
 def test_the_stored_header_is_as_announced(codec, blocks):
-    coded = codec.encode(jnp.ones((blocks, codec.block_size)))
-    stored = codec.pack_header(coded.widths, coded.header)
+    setting = codec.tune([], 0.0)
+    coded = codec.encode(jnp.ones((blocks, codec.block_size)), setting)
+    stored = codec.pack_header(coded.widths, coded.header, setting)
     announced = codec.stored_header(blocks)
     assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in announced.items()}

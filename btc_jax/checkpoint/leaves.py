@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.manifest import CODES, LeafRecord, Tensor, canonical, check_path
@@ -132,8 +133,10 @@ def _read_packed(record: LeafRecord, arrays: Sequence[np.ndarray]) -> BTCTensor:
         raise BTCFormatError(f"leaf {record.path!r} has a codec that is not as written")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise BTCFormatError(f"leaf {record.path!r} is packed and of the dtype {dtype}, which is not floating")
-    if order not in ("output-major", "stored"):
-        raise BTCFormatError(f"leaf {record.path!r} has the unknown order {str(order)[:30]!r}")
+    if order not in ORDERS or math.prod(tap_sizes(record.shape, order)) > MAX_TAPS:
+        raise BTCFormatError(
+            f"leaf {record.path!r} has the unknown order {str(order)[:30]!r}, or one with too many taps"
+        )
     named = {t.name.removeprefix(f"{record.path}#"): array for t, array in zip(record.tensors, arrays, strict=True)}
     planes = tuple(named.pop(f"plane{i}") for i in range(len(plane_specs(codec.widths))))
     _check_header(record, codec, named)

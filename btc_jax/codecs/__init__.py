@@ -5,9 +5,11 @@ from typing import Any
 
 from btc_jax.codecs.base import Codec as Codec
 from btc_jax.codecs.base import Coded as Coded
+from btc_jax.codecs.base import Setting as Setting
+from btc_jax.codecs.multilevel import Multilevel as Multilevel
 from btc_jax.codecs.uniform import Uniform as Uniform
 
-CODECS: dict[str, type[Codec]] = {codec.id: codec for codec in (Uniform,)}
+CODECS: dict[str, type[Codec]] = {codec.id: codec for codec in (Uniform, Multilevel)}
 """Every codec by the id that a file names it with."""
 
 

@@ -7,12 +7,18 @@ the other encodes.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from btc_jax._typing import Array, Float, PyTree, UInt, UInt8
+from btc_jax._typing import Array, ArrayLike, Float, PyTree, UInt, UInt8
+
+Setting = dict[str, Array]
+"""What the coding of a block needs to know of its whole leaf: float32 numbers by name."""
 
 
 class Coded(NamedTuple):
@@ -48,6 +54,16 @@ class Codec(abc.ABC):
     def widths(self) -> tuple[int, ...]:
         """All widths a block of this codec can have, in bits, ascending."""
 
+    @property
+    @abc.abstractmethod
+    def adaptive(self) -> bool:
+        """Whether the widths are chosen by what a bit is worth (the slope), and not by a rule of the codec's own."""
+
+    @property
+    def candidates(self) -> "tuple[Codec, ...]":
+        """The codecs of which the allocation chooses one for a leaf; each decodes only its own."""
+        return (self,)
+
     @abc.abstractmethod
     def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Names, shapes and dtypes of what `pack_header` makes of so many blocks."""
@@ -57,11 +73,21 @@ class Codec(abc.ABC):
         """The width from which reports call a block wide."""
         return self.widths[-1]
 
+    def tune(self, parts: Sequence[Float[Array, "_ _"]], slope: ArrayLike) -> Setting:
+        """What the coding of a leaf's blocks has in common.
+
+        Args:
+            parts: all blocks of the leaf, those of one size in one matrix.
+            slope: the squared error that saves a bit, over the mean square of the leaf's weights.
+        """
+        return {}
+
     @abc.abstractmethod
-    def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
+    def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         """Codes float32 blocks, of any size up to `block_size`; pure and jit-able.
 
-        A weight that is not finite, or not representable, must leave a floating header value that is not finite.
+        A weight that is not finite, or not representable, must leave a floating value that is not finite in the header
+        or the setting.
         """
 
     @abc.abstractmethod
@@ -73,12 +99,14 @@ class Codec(abc.ABC):
         """The float32 weights that codes stand for; pure, jit-able, and element by element, in any shape of a block."""
 
     @abc.abstractmethod
-    def pack_header(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> dict[str, Array]:
-        """Widths and header as they are stored, without a spare bit beyond the last byte."""
+    def pack_header(
+        self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array], setting: Setting
+    ) -> dict[str, Array]:
+        """Widths, header and what is needed of the setting as they are stored, without a spare bit in the last byte."""
 
     @abc.abstractmethod
     def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
-        """Inverse of `pack_header`: the widths, `u8[blocks]`, and the header."""
+        """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and setting as `grid` takes them."""
 
     def to_json(self) -> dict[str, Any]:
         """The codec as plain JSON values; `codec_from_json` is the inverse."""
@@ -88,3 +116,20 @@ class Codec(abc.ABC):
     def from_json(cls, fields: Mapping[str, Any]) -> "Codec":
         """The codec with these field values; an unknown or missing field is a `TypeError`."""
         return cls(**fields)
+
+
+def integer(name: str, value: Any) -> int:
+    """A whole number from the argument `name`, or a `TypeError` that names it."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def root_mean_square(parts: Sequence[Float[Array, "_ _"]]) -> Float[Array, ""]:
+    """Of all weights of a leaf, whatever their scale; 0 if none is a normal float32."""
+    largest = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts])
+    scale = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 1, largest)
+    # Row by row, so that long sums keep their digits, and of numbers near 1, so that no square vanishes.
+    squares = functools.reduce(jnp.add, [jnp.square(part / scale).sum(1).sum() for part in parts])
+    return jnp.sqrt(squares / max(sum(part.size for part in parts), 1)) * scale

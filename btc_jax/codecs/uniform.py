@@ -5,23 +5,26 @@ Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block T
 """
 
 import dataclasses
+import functools
 import math
-import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from btc_jax._typing import Array, Bool, Float, UInt, UInt8
+from btc_jax._typing import Array, ArrayLike, Bool, Float, UInt, UInt8
 from btc_jax._xla import divide, in_chunks, rounded
-from btc_jax.codecs.base import Codec, Coded
+from btc_jax.codecs.base import Codec, Coded, Setting, integer, root_mean_square
 
 _ROUND = 1.5 * 2**23
 """Added to a float32 in 0..2^22, leaves it rounded, half to even, in the low bits of the significand."""
 
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
+
+_SPREAD = 4.4
+"""Range of a block of 32 to 64 Gaussian weights over their standard deviation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Uniform(Codec):
         low_bits: bits per weight of a smooth block, 1 to 7.
         high_bits: bits per weight of any other block, above `low_bits` and at most 8.
         threshold: standard deviation from which a block is wide, in units of the weights, 1e-18 or more to be told
-            apart in float32. 0 makes every block wide, infinity none.
+            apart in float32. 0 makes every block wide, infinity none. `"auto"` leaves it to the target of
+            `btc_quantize`, such as `bits=5.5`; then it follows the scale of the weights.
         header_dtype: `"float16"` or `"float32"`; float16 holds weights up to 65504.
 
     Raises:
@@ -60,12 +64,12 @@ class Uniform(Codec):
     block_size: int = 64
     low_bits: int = 4
     high_bits: int = 8
-    threshold: float = 0.05
+    threshold: float | str = 0.05
     header_dtype: str = "float16"
 
     def __post_init__(self):
         for name in ("block_size", "low_bits", "high_bits"):
-            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
         if not 2 <= self.block_size <= 2**16:
             raise ValueError(f"block_size is {self.block_size}; a block holds at least 2 weights, and at most 65536")
         if not 1 <= self.low_bits < self.high_bits <= 8:
@@ -73,13 +77,8 @@ class Uniform(Codec):
                 f"low_bits is {self.low_bits} and high_bits is {self.high_bits}; "
                 "they need 1 <= low_bits < high_bits <= 8"
             )
-        object.__setattr__(self, "threshold", _real("threshold", self.threshold))
-        if math.isfinite(self.threshold) and self.threshold > _LARGEST:
-            raise ValueError(f"threshold is {self.threshold}, beyond float32; give inf for never wide")
-        if not self.threshold >= 0:
-            raise ValueError(
-                f"threshold is {self.threshold}; it is a standard deviation: 0 or more, inf for never wide"
-            )
+        if self.threshold != "auto":
+            object.__setattr__(self, "threshold", _threshold(self.threshold))
         if self.header_dtype not in ("float16", "float32"):
             raise ValueError(f"header_dtype is {self.header_dtype!r}; it can be 'float16' or 'float32'")
 
@@ -87,7 +86,11 @@ class Uniform(Codec):
     def widths(self) -> tuple[int, ...]:
         if self.threshold == 0:
             return (self.high_bits,)
-        return (self.low_bits,) if math.isinf(self.threshold) else (self.low_bits, self.high_bits)
+        return (self.low_bits,) if self.threshold == math.inf else (self.low_bits, self.high_bits)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.threshold == "auto"
 
     @property
     def wide_bits(self) -> int:
@@ -100,8 +103,17 @@ class Uniform(Codec):
             return extremes
         return extremes | {"wide": jax.ShapeDtypeStruct((-(-blocks // 8),), jnp.dtype(jnp.uint8))}
 
-    def encode(self, blocks: Float[Array, "blocks size"]) -> Coded:
-        wide, minimum, maximum = in_chunks(jax.vmap(self._statistics), blocks)
+    def tune(self, parts: Sequence[Float[Array, "_ _"]], slope: ArrayLike) -> Setting:
+        """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
+        if self.threshold != "auto":
+            return {"threshold": jnp.float32(self.threshold)}
+        saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
+        worth = jnp.asarray(slope, jnp.float32) * ((self.high_bits - self.low_bits) / saved)
+        return {"threshold": jnp.sqrt(worth) * root_mean_square(parts)}
+
+    def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
+        statistics = functools.partial(self._statistics, setting["threshold"])
+        wide, minimum, maximum = in_chunks(jax.vmap(statistics), blocks)
         widths, header = self._bits(wide), {"minimum": minimum, "maximum": maximum}
         # The barrier keeps XLA from computing the grid again for every weight.
         low, step = jax.lax.optimization_barrier(self.grid(widths, header))
@@ -114,7 +126,9 @@ class Uniform(Codec):
     def decode(self, codes: UInt[Array, "blocks *shape"], grid: tuple[Array, Array]) -> Float[Array, "blocks *shape"]:
         return jax.vmap(_dequantize)(codes, *grid)
 
-    def pack_header(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> dict[str, Array]:
+    def pack_header(
+        self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array], setting: Setting
+    ) -> dict[str, Array]:
         if len(self.widths) == 1:
             return dict(header)
         return {**header, "wide": jnp.packbits(widths == self.high_bits, bitorder="little")}
@@ -128,14 +142,15 @@ class Uniform(Codec):
 
     def to_json(self) -> dict[str, Any]:
         # JSON has no infinity; from_json reads the string back.
-        infinite = {"threshold": "inf"} if math.isinf(self.threshold) else {}
+        infinite = {"threshold": "inf"} if self.threshold == math.inf else {}
         return super().to_json() | infinite
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Uniform":
-        return cls(**{**fields, "threshold": float(fields.get("threshold", cls.threshold))})
+        threshold = fields.get("threshold", cls.threshold)
+        return cls(**{**fields, "threshold": threshold if threshold == "auto" else float(threshold)})
 
-    def _statistics(self, block: Float[Array, " size"]) -> tuple[Array, Array, Array]:
+    def _statistics(self, threshold: Array, block: Float[Array, " size"]) -> tuple[Array, Array, Array]:
         """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
         dtype = jnp.dtype(self.header_dtype)
         minimum = _round_down(block.min(), dtype)
@@ -147,7 +162,7 @@ class Uniform(Codec):
         if len(self.widths) == 1:
             return jnp.array(self.widths[0] == self.high_bits), minimum, maximum
         variance = jnp.mean(jnp.square(block - mean))
-        return ~(jnp.sqrt(variance) < self.threshold), minimum, maximum
+        return ~(jnp.sqrt(variance) < threshold), minimum, maximum
 
     def _grid(self, wide: Bool[Array, ""], minimum: Float[Array, ""], maximum: Float[Array, ""]) -> tuple[Array, Array]:
         """Equation 4 of one block, between the extremes of the header, so that encoder and decoder agree."""
@@ -179,15 +194,13 @@ def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
     return jnp.where(y == 0, jnp.full_like(y, -0.0), y)
 
 
-def _integer(name: str, value: Any) -> int:
+def _threshold(value: Any) -> float:
     try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
-
-
-def _real(name: str, value: Any) -> float:
-    try:
-        return float(value)
+        threshold = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+        raise TypeError(f"threshold is {value!r}; it must be a number, or 'auto'") from None
+    if math.isfinite(threshold) and threshold > _LARGEST:
+        raise ValueError(f"threshold is {threshold}, beyond float32; give inf for never wide")
+    if not threshold >= 0:
+        raise ValueError(f"threshold is {threshold}; it is a standard deviation: 0 or more, inf for never wide")
+    return threshold
