@@ -18,7 +18,6 @@ from btc_jax import Evaluation, btc_dequantize, btc_evaluate, btc_logits
 Params = dict[str, np.ndarray]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = ("resnet20", "resnet32", "resnet56", "minilm", "gaussian", "laplace")
-RANDOM = 1_000_000
 
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # what these ResNets were trained with
 STD = np.array((0.229, 0.224, 0.225), np.float32)
