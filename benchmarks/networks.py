@@ -1,6 +1,7 @@
 """The weights that quantizers are compared on, in PyTorch's layout, and an exam for those that are whole networks.
 
-Three CIFAR-10 ResNets (files), a transformer (a package), and two sets of random numbers. Nothing is downloaded.
+Three CIFAR-10 ResNets (files), a transformer (a package), two sets of random numbers, and any safetensors file. Nothing
+is downloaded.
 """
 
 import dataclasses
@@ -62,11 +63,17 @@ class WeightSet:
 
 
 def load(name: str, data: Path = DATA) -> WeightSet:
-    """One of `SETS`; `data` is the folder of the CIFAR-10 files.
+    """One of `SETS`, from the folder `data` if it is a file there; or the path of a safetensors file.
 
     Raises:
         MissingWeights: a file or a package is absent.
     """
+    if name.endswith(".safetensors"):
+        return WeightSet(Path(name).stem, _matrices(load_file(name)))
+    if name not in SETS:
+        raise MissingWeights(
+            f"{name}: no such weights; there are {', '.join(SETS)}, and paths that end in .safetensors"
+        )
     if name.startswith("resnet"):
         return cifar(name, data)
     return {"minilm": minilm, "gaussian": gaussian, "laplace": laplace}[name]()
@@ -79,11 +86,14 @@ def cifar(name: str, data: Path = DATA) -> WeightSet:
         if not path.is_file():
             raise MissingWeights(f"{name}: no file {path}; name the folder that holds it with --data")
     arrays = load_file(weights)
-    params = {path: array for path, array in arrays.items() if array.ndim >= 2}
     rest = {path: array for path, array in arrays.items() if array.ndim < 2}
     with np.load(images) as stored:
         inputs, labels = (stored["images"].astype(np.float32) / 255 - MEAN) / STD, stored["labels"]
-    return WeightSet(name, params, Exam(rest, inputs, labels, btc_logits(resnet, arrays, inputs)))
+    return WeightSet(name, _matrices(arrays), Exam(rest, inputs, labels, btc_logits(resnet, arrays, inputs)))
+
+
+def _matrices(arrays: Params) -> Params:
+    return {path: array for path, array in arrays.items() if array.ndim >= 2}
 
 
 def minilm() -> WeightSet:

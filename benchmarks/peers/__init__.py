@@ -3,7 +3,7 @@
 A peer takes one leaf of float32 weights and gives back what its stored form stands for, and the bits of that form in
 full: codes, scales, zero points, padding, constants of the tensor. Tables that are the same for all tensors are part of
 a format and count for nothing. Leaves are read in their stored order, as rows of one group each, with the last group
-filled up with zeros that are counted: so a width that is no multiple of a peer's group never drives it to another format.
+filled up with zeros that are counted. So no leaf is too narrow for a format.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Peer:
     """A quantizer that weights can be sent through.
 
     Attributes:
-        name: what tables call it, told apart from all others.
+        name: what tables call it, told apart from all others; a number after a comma is the weights of a group.
         family: peers that share a marker in figures.
         reconstruct: leaf -> the leaf as it is read back, float32, and the bits that were stored.
         source: its package and version.

@@ -1,6 +1,7 @@
 """torchao's integers with a float16 scale, and an integer zero point, for every group of weights."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ FORMATS = ((3, 32, True), (4, 32, True), (4, 128, True), (8, 128, False))
 
 def formats() -> dict[str, tuple[str, Reconstruct]]:
     return {
-        f"torchao int{bits} (groups of {size})": ("torchao", functools.partial(_reconstruct, bits, size, zeros))
+        f"torchao int{bits}, {size}": ("torchao", functools.partial(_reconstruct, bits, size, zeros))
         for bits, size, zeros in FORMATS
     }
 
@@ -25,7 +26,7 @@ def _reconstruct(bits: int, size: int, zeros: bool, leaf: np.ndarray) -> tuple[n
     linear.weight = torch.nn.Parameter(rows)
     mapping = MappingType.ASYMMETRIC if zeros else MappingType.SYMMETRIC
     quantize_(linear, IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(size), mapping, torch.float16))
-    packed = linear.weight
+    packed: Any = linear.weight
     # The package holds codes and zero points in bytes; they are counted at their width.
     stored = bits * (packed.qdata.numel() + zeros * packed.zero_point.numel()) + 8 * packed.scale.nbytes
     return as_leaf(packed.dequantize().float().detach().numpy(), leaf), stored

@@ -12,10 +12,7 @@ FORMATS = ((3, 64), (4, 64), (4, 128), (8, 128))
 
 
 def formats() -> dict[str, tuple[str, Reconstruct]]:
-    return {
-        f"HQQ {bits}-bit (groups of {size})": ("HQQ", functools.partial(_reconstruct, bits, size))
-        for bits, size in FORMATS
-    }
+    return {f"HQQ {bits}-bit, {size}": ("HQQ", functools.partial(_reconstruct, bits, size)) for bits, size in FORMATS}
 
 
 def _reconstruct(bits: int, size: int, leaf: np.ndarray) -> tuple[np.ndarray, int]:

@@ -21,7 +21,7 @@ REFERENCES = {
 
 
 def formats() -> dict[str, tuple[str, Reconstruct]]:
-    return {f"HIGGS 2x256 (groups of {size})": ("HIGGS", functools.partial(_reconstruct, size)) for size in (256, 1024)}
+    return {f"HIGGS 2x256, {size}": ("HIGGS", functools.partial(_reconstruct, size)) for size in (256, 1024)}
 
 
 def _reconstruct(size: int, leaf: np.ndarray) -> tuple[np.ndarray, int]:

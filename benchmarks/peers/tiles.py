@@ -14,7 +14,7 @@ FORMATS = (("int4", 4, 32), ("int4", 4, 64), ("nf4", 4, 64), ("int8", 8, 128))
 
 def formats() -> dict[str, tuple[str, Reconstruct]]:
     return {
-        f"qwix {kind} (groups of {size})": ("qwix", functools.partial(_reconstruct, kind, bits, size))
+        f"qwix {kind}, {size}": ("qwix", functools.partial(_reconstruct, kind, bits, size))
         for kind, bits, size in FORMATS
     }
 
