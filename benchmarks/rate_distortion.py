@@ -4,8 +4,8 @@
 
 Sets are resnet20, resnet32, resnet56, minilm, gaussian and laplace, all but resnet32 if none is named; or the paths of
 safetensors files in PyTorch's layout, of which every array with two axes or more is taken. Prints a table a set and
-writes a JSON file and a figure. Other quantizers take part where they are installed:
-pip install "btc_jax[benchmarks,peers-ggml,peers-torch]". Their figures are kept in the output folder, for the next run.
+writes a JSON file and a figure. Other quantizers take part where they are installed,
+pip install "btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder, for the next run.
 """
 
 import json

@@ -16,15 +16,16 @@ LINES = {
 POINTS = {
     "llama.cpp": ("o", "#D55E00"),
     "HQQ": ("s", "#009E73"),
-    "NF4": ("D", "#CC79A7"),
+    "bitsandbytes": ("D", "#CC79A7"),
     "HIGGS": ("*", "#E69F00"),
     "qwix": ("^", "#000000"),
     "torchao": ("v", "#000000"),
     "baselines": ("x", "#888888"),
 }
-LABELLED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS")
+LABELLED = tuple(f"llama.cpp {name}" for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))
+NAMES = {"baselines": "plain uniform, absmax"}
 RANDOM = ("gaussian", "laplace")
-BITS = (2.3, 8.8)
+BITS = (2.3, 9.2)
 A_BIT = 20 * math.log10(2)
 GAP = "SQNR less 6.02 dB a bit, dB (higher is better)"
 
@@ -64,10 +65,18 @@ def _panel(panel: Axes, values: list[tuple[Row, float]]) -> None:
             panel.plot(*zip(*line, strict=True), "-o", color=colour, linewidth=width, markersize=3, label=label)
     for family, (marker, colour) in POINTS.items():
         if points := _of(family, values):
-            panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, linestyle="none", label=family)
+            panel.plot(
+                *zip(*points, strict=True),
+                marker,
+                color=colour,
+                markersize=6,
+                linestyle="none",
+                label=NAMES.get(family, family),
+            )
     for row, value in values:
-        if (name := row["name"].removeprefix("llama.cpp ")) in LABELLED:
-            panel.annotate(name, (row["effective"], value), (4, 4), textcoords="offset points", fontsize=7)
+        if row["name"] in LABELLED:
+            name, place = row["name"].split(" ")[1], (row["effective"], value)
+            panel.annotate(name, place, (4, 4), textcoords="offset points", fontsize=7)
     panel.set(xlim=BITS, xlabel="effective bits per weight (everything stored)")
     panel.grid(alpha=0.3)
 

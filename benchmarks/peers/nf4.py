@@ -10,7 +10,7 @@ from benchmarks.peers import Reconstruct, as_leaf, in_rows
 
 
 def formats() -> dict[str, tuple[str, Reconstruct]]:
-    return {"bitsandbytes NF4, 64": ("NF4", _reconstruct)}
+    return {"bitsandbytes NF4, 64": ("bitsandbytes", _reconstruct)}
 
 
 def _reconstruct(leaf: np.ndarray) -> tuple[np.ndarray, int]:
