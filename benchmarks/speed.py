@@ -5,7 +5,7 @@
 One 64 MiB leaf, a quarter of its blocks wide, on one core. All sides run interleaved in one process, in warm memory,
 and are measured in processor time of the process, which other load on the machine disturbs least. The medians are
 printed as ratios to `memcpy`: above 1 is faster than copying. `gguf` (numpy) and `qwix` (jax) take part where they are
-installed: pip install "btc_jax[benchmarks]".
+installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
 """
 
 import json
@@ -81,6 +81,22 @@ def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
     return calls
 
 
+def llama_cpp_peers(leaf: np.ndarray) -> dict[str, Call]:
+    """llama.cpp's own encoder and decoder, compiled, without an importance matrix."""
+    try:
+        from benchmarks.peers.llama_cpp import Format
+
+        kinds = [Format(name) for name in ("Q4_0", "Q4_K", "Q8_0")]
+    except ImportError:
+        return {}
+    calls: dict[str, Call] = {}
+    for kind in kinds:
+        packed = kind.encode(leaf)
+        calls[f"llama.cpp {kind.name} encode"] = lambda kind=kind: kind.encode(leaf)
+        calls[f"llama.cpp {kind.name} decode f32"] = lambda kind=kind, packed=packed: kind.decode(packed, leaf.size)
+    return calls
+
+
 def qwix_peers(leaf: jax.Array) -> dict[str, Call]:
     """qwix's symmetric formats with a scale for every 64 weights, jitted."""
     try:
@@ -146,7 +162,7 @@ def main(
     calls: dict[str, Call] = {"memcpy": lambda: np.copyto(copy, leaf)}
     for size in sizes:
         calls |= ours(jnp.asarray(weights(size)), size)
-    calls |= gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
+    calls |= llama_cpp_peers(leaf) | gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
     seconds = medians(calls, rounds)
     rich.print(table(seconds))
     for size in sizes:
