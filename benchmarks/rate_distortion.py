@@ -8,6 +8,7 @@ writes a JSON file and a figure. Other quantizers take part where they are insta
 pip install "btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder, for the next run.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +22,18 @@ from benchmarks.networks import WeightSet
 from benchmarks.peers import Peer, available
 from benchmarks.rate_distortion_figure import draw
 from benchmarks.rows import Row, measured, peer_row
-from btc_jax import Codec, Policy, Uniform, btc_dequantize, btc_quantize, comparison_table
+from btc_jax import Codec, Multilevel, Policy, Uniform, btc_dequantize, btc_quantize, comparison_table
 from btc_jax._progress import tracked
 
 DEFAULT_SETS = tuple(name for name in networks.SETS if name != "resnet32")
 THRESHOLDS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, float("inf"))
 PAPER = (*((64, t) for t in THRESHOLDS), *((size, t) for size in (32, 128, 256) for t in (0.05, float("inf"))))
+MULTILEVEL = {
+    "Multilevel": Multilevel(),
+    "Multilevel, exhaustive": Multilevel(effort="exhaustive"),
+    "Multilevel, a width a leaf": Multilevel(width="leaf"),
+}
+BITS = (2.5, 3.0, 3.44, 4.0, 4.25, 4.5, 5.0, 5.5, 6.0, 6.56, 7.5)
 COLUMNS = ("name", "effective", "SQNR dB", "relative dB", "KL", "agreement")
 
 
@@ -40,6 +47,11 @@ def ours(weights: WeightSet) -> Iterator[Row]:
     for size, threshold in PAPER:
         names = {"name": f"BTC {size}, threshold {threshold:g}", "family": f"BTC {size}"}
         yield coded(weights, everything(Uniform(size, threshold=threshold)), names)
+    for name, codec in MULTILEVEL.items():
+        for bits in BITS:
+            # Total error, as the figure and the table measure it.
+            policy = dataclasses.replace(everything(codec), balance=0.0)
+            yield coded(weights, policy, {"name": f"{name} {bits:g}", "family": name}, bits=bits)
 
 
 def coded(weights: WeightSet, policy: Policy, names: dict[str, str], **target: Any) -> Row:

@@ -8,6 +8,7 @@ printed as ratios to `memcpy`: above 1 is faster than copying. `gguf` (numpy) an
 installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -41,7 +42,7 @@ import rich
 import typer
 from rich.table import Table
 
-from btc_jax import Uniform, coding, quantize_leaf
+from btc_jax import Multilevel, Policy, Uniform, btc_allocate, btc_quantize, coding, quantize_leaf
 
 SIDE = 4096
 MIB = 2**20
@@ -64,6 +65,22 @@ def ours(leaf: jax.Array, block_size: int) -> dict[str, Call]:
         calls[f"btc_jax {block_size} {name} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
         calls[f"btc_jax {block_size} {name} decode f32"] = lambda tensor=tensor: tensor.dequantize()
         calls[f"btc_jax {block_size} {name} decode bf16"] = lambda tensor=tensor: tensor.dequantize(jnp.bfloat16)
+    return calls
+
+
+def multilevel(leaf: jax.Array) -> dict[str, Call]:
+    """The multilevel codec at 4.5 bits: packing with the slope known, and with the search for it."""
+    calls: dict[str, Call] = {}
+    found = btc_allocate({"kernel": leaf}, bits=4.5, policy=Policy(Multilevel(), order="stored")).rules[0].codec
+    assert isinstance(found, Multilevel)
+    for effort in ("fast", "exhaustive"):
+        codec = dataclasses.replace(found, effort=effort)
+        calls[f"btc_jax multilevel {effort} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
+    policy = Policy(Multilevel(), order="stored")
+    calls["btc_jax multilevel fast, bits=4.5, encode"] = lambda: btc_quantize({"kernel": leaf}, bits=4.5, policy=policy)
+    tensor = quantize_leaf(leaf, found, "stored")
+    calls["btc_jax multilevel decode f32"] = lambda: tensor.dequantize()
+    calls["btc_jax multilevel decode bf16"] = lambda: tensor.dequantize(jnp.bfloat16)
     return calls
 
 
@@ -129,7 +146,7 @@ def encode_memory(leaf: jax.Array, codec: Uniform) -> tuple[int, int]:
     By the compiled first step's own account; then numpy makes the smaller planes, which are copied to the device.
     """
     tensor = quantize_leaf(leaf, codec, "stored")
-    sizes: Any = coding._encode.lower(leaf, codec, "stored").compile().memory_analysis()
+    sizes: Any = coding._encode.lower(leaf, jnp.float32(0), codec, "stored").compile().memory_analysis()
     held = sizes.output_size_in_bytes
     peak = held + sizes.temp_size_in_bytes
     for packed in tensor.planes:
@@ -162,6 +179,7 @@ def main(
     calls: dict[str, Call] = {"memcpy": lambda: np.copyto(copy, leaf)}
     for size in sizes:
         calls |= ours(jnp.asarray(weights(size)), size)
+    calls |= multilevel(jnp.asarray(leaf))
     calls |= llama_cpp_peers(leaf) | gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
     seconds = medians(calls, rounds)
     rich.print(table(seconds))

@@ -63,11 +63,19 @@ class Item(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a leaf is packed: `slope` is the squared error that saves a bit, over the mean square of its weights."""
+    """How a leaf is packed.
+
+    Attributes:
+        codec: its codec.
+        order: how its weights run through the blocks.
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of its weights.
+        rms: the root of that mean square.
+    """
 
     codec: Codec
     order: Order
-    slope: float
+    slope: float = 0.0
+    rms: float = 0.0
 
 
 class Cost(NamedTuple):
@@ -167,17 +175,17 @@ class _Leaf:
         self._known: dict[tuple[Codec, float, bool], Cost] = {}
 
     def choice(self, octave: float) -> Choice:
-        """The candidate codec of least error plus slope times bits. One with widths of its own sees the slope as well."""
+        """The candidate codec of least error plus slope times bits."""
         slope = 2.0**octave
         codecs = self.item.codec.candidates
         if len(codecs) == 1:
-            return Choice(codecs[0], self.order, slope)
+            return Choice(codecs[0], self.order, slope, self.rms)
 
         def lagrangian(codec: Codec) -> float:
             cost = self._cost(codec, 0.0, whole=False)
             return cost.error * self.weights + slope * 8 * cost.nbytes
 
-        return Choice(min(codecs, key=lagrangian), self.order, 0.0)
+        return Choice(min(codecs, key=lagrangian), self.order, 0.0, self.rms)
 
     def cost(self, octave: float, whole: bool) -> Cost:
         choice = self.choice(octave)
@@ -246,7 +254,7 @@ class _Problem:
         return 10 * math.log10(self.signal / squares) if squares else math.inf
 
     def excess(self, octave: float, whole: bool) -> float:
-        """How far the target is missed at this slope, as an octave of error or a part of the bits; it is met below 0."""
+        """How far the target is missed, in octaves of error or as a part of the bits; it is met below 0."""
         value, wanted = self.value(octave, whole), self.target.value
         if self.target.kind == "rmse":
             return math.log2(max(value, 1e-300) / wanted)
@@ -258,8 +266,8 @@ class _Problem:
         if not low * (1 - 1e-9) <= self.target.value <= high * (1 + _TOLERANCE):
             form = ",.0f" if self.target.kind == "size" else ".4g"
             raise ValueError(
-                f"{self.target.kind} of {self.target.value:{form}} cannot be reached: these leaves and codecs reach from "
-                f"{low:{form}} to {high:{form}}"
+                f"{self.target.kind} of {self.target.value:{form}} cannot be reached: these leaves and codecs reach "
+                f"from {low:{form}} to {high:{form}}"
             )
 
     def solve(self, whole: bool, start: tuple[float, float]) -> float:
@@ -307,7 +315,8 @@ def _finite_rms(values: Array, path: str) -> float:
     if not math.isfinite(largest):
         wrong = int(jnp.sum(~jnp.isfinite(values)))
         raise ValueError(
-            f"{path}: {wrong} of {values.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
+            f"{path}: {wrong} of {values.size} weights are NaN or infinite; mend them, or leave the leaf dense by a "
+            "rule"
         )
     if largest < float(jnp.finfo(jnp.float32).tiny):
         return 0.0
