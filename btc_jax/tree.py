@@ -196,7 +196,7 @@ def choose(
         shared = taken if target else []
     beside = sum(leaf_nbytes(leaf) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is None)
     found = {}
-    if target:
+    if target and shared:
         choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
     return [None if how.codec is None else found.get(how.path, Choice(how.codec, how.order)) for how in decisions]

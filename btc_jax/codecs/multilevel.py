@@ -7,7 +7,7 @@ everywhere, all blocks end up with nearly the same step; so a block's range tell
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,10 @@ class Multilevel(Codec):
         if self.effort not in _WINDOW:
             raise ValueError(f"effort is {self.effort!r}; it can be 'fast' or 'exhaustive'")
         if self.slope is not None:
+            if self.width is not None:
+                raise ValueError(
+                    f"slope is {self.slope!r} and width {self.width!r}; where the width is given, leave it out"
+                )
             object.__setattr__(self, "slope", positive("slope", self.slope))
 
     @property
@@ -105,6 +109,11 @@ class Multilevel(Codec):
 
     def fixed(self, slope: float, rms: float) -> "Multilevel":
         return self if isinstance(self.width, int) else dataclasses.replace(self, slope=slope)
+
+    def to_json(self) -> dict[str, Any]:
+        # What only encoding needs is left out where it is as usual, and so out of files.
+        usual = {"effort": "fast", "slope": None}
+        return {name: value for name, value in super().to_json().items() if name not in usual or value != usual[name]}
 
     @property
     def stored(self) -> "Multilevel":
@@ -178,7 +187,7 @@ class Multilevel(Codec):
             def candidate(i: Array) -> Array:
                 r = jnp.clip(natural + jnp.float32(first) + (i // tried).astype(jnp.float32), 1, TOP)
                 near = middle / (step * jnp.exp2(r / OCTAVE)) / _SPACING + (OFFSETS - 1) / 2
-                offset = jnp.floor(near) * (tried < OFFSETS) + (i % tried).astype(jnp.float32)
+                offset = (jnp.floor(near) if tried < OFFSETS else 0.0) + (i % tried).astype(jnp.float32)
                 ranged = r * OFFSETS + jnp.clip(offset, 0, OFFSETS - 1)
                 return jnp.where(i < regular, ranged, _escape(reach / step)).astype(jnp.uint8)
 
