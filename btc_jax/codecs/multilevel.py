@@ -95,7 +95,7 @@ class Multilevel(Codec):
         if self.slope is not None:
             if self.width is not None:
                 raise ValueError(
-                    f"slope is {self.slope!r} and width {self.width!r}; where the width is given, leave it out"
+                    f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one"
                 )
             object.__setattr__(self, "slope", positive("slope", self.slope))
 
