@@ -165,7 +165,7 @@ class _Leaf:
         self.weights = math.prod(item.shape)
         values = jnp.asarray(item.read())
         self.rms = _finite_rms(values, item.path)
-        self.order = item.order
+        self.order: Order = item.order
         self._samples = {item.order: self._sample(values, item.order)}
         taps = with_taps(item.shape, item.order) if item.free and self.adaptive else None
         if taps:

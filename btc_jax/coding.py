@@ -132,7 +132,7 @@ def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     return _compact(rows, widths, end, count)
 
 
-def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int) -> Planes:
+def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int) -> tuple[Any, ...]:
     """Planes with a row for every block, or none at all, so that one program fits every mix of widths.
 
     Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in anyway.

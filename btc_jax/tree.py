@@ -189,7 +189,7 @@ def choose(
         leaves: arrays, packed leaves, or functions that give the values of a leaf.
     """
     taken = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is not None]
-    adaptive = [pair for pair in taken if pair[1].codec.adaptive]
+    adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
     if target is None and adaptive:
         target, shared = Target("bits", DEFAULT_BITS), adaptive
     else:
