@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
+from btc_jax.report import codec_cell
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
 _IN_SHELL = (
@@ -79,7 +80,7 @@ def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> Non
 def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
-    stored = f"{codec.get('id')} {codec.get('block_size')}" if isinstance(codec, dict) else leaf["kind"]
+    stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]
     row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
     row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
     if isinstance(error, dict):
