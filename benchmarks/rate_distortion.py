@@ -1,97 +1,102 @@
-"""Error against stored bits of real networks: the paper's codec and the baselines, everything stored counted.
+"""Error against stored bits: the codecs of btc_jax and other quantizers, on real weights, everything stored counted.
 
-    python -m benchmarks.rate_distortion NETWORK.safetensors ... --output FOLDER
+    python -m benchmarks.rate_distortion [SET ...] [--data FOLDER] --output FOLDER
 
-Prints a table, and writes it as JSON together with a figure. Networks are safetensors files in PyTorch's layout; every
-array with two axes or more is quantized, whatever its size.
+Sets are resnet20, resnet32, resnet56, minilm, gaussian and laplace, all but resnet32 if none is named; or the paths of
+safetensors files in PyTorch's layout, of which every array with two axes or more is taken. Prints a table a set and
+writes a JSON file and a figure. Other quantizers take part where they are installed,
+pip install "btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder, for the next run.
 """
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib.pyplot as plt
-import numpy as np
 import rich
 import typer
-from safetensors.numpy import load_file
 
-from btc_jax import (
-    Baseline,
-    Measures,
-    Policy,
-    Uniform,
-    absmax4,
-    apply_baseline,
-    btc_metrics,
-    btc_quantize,
-    comparison_table,
-    percentile8,
-    uniform8,
-)
+from benchmarks import networks
+from benchmarks.networks import WeightSet
+from benchmarks.peers import Peer, available
+from benchmarks.rate_distortion_figure import draw
+from benchmarks.rows import Row, measured, peer_row
+from btc_jax import Codec, Multilevel, Policy, Uniform, btc_dequantize, btc_quantize, comparison_table
+from btc_jax._progress import tracked
 
-Params = dict[str, np.ndarray]
-BLOCK_SIZES = (32, 64, 128, 256)
+DEFAULT_SETS = tuple(name for name in networks.SETS if name != "resnet32")
 THRESHOLDS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, float("inf"))
-BASELINES = (uniform8(), percentile8(99.9), absmax4(32), absmax4(64), absmax4(128))
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the colour-blind too
+PAPER = (*((64, t) for t in THRESHOLDS), *((size, t) for size in (32, 128, 256) for t in (0.05, float("inf"))))
+MULTILEVEL = {
+    "Multilevel": Multilevel(),
+    "Multilevel, exhaustive": Multilevel(effort="exhaustive"),
+    "Multilevel, a width a leaf": Multilevel(width="leaf"),
+}
+BITS = (2.5, 3.0, 3.44, 4.0, 4.25, 4.5, 5.0, 5.5, 6.0, 6.56, 7.5)
+COLUMNS = ("name", "effective", "SQNR dB", "relative dB", "KL", "agreement")
 
 
-def policy(codec: Uniform) -> Policy:
+def everything(codec: Codec) -> Policy:
+    """Quantizes every leaf, in the order PyTorch stores it."""
     return Policy(codec, names=("*",), min_size=0, order="stored")
 
 
-def btc_row(params: Params, codec: Uniform) -> dict[str, Any]:
-    """The figures of one configuration of the paper's codec."""
-    chosen = policy(codec)
-    total = btc_metrics(params, btc_quantize(params, policy=chosen), policy=chosen).total
-    return row(f"BTC {codec.block_size}, threshold {codec.threshold:g}", f"BTC {codec.block_size}", total)
+def ours(weights: WeightSet) -> Iterator[Row]:
+    """The rows of the codecs of btc_jax."""
+    for size, threshold in PAPER:
+        names = {"name": f"BTC {size}, threshold {threshold:g}", "family": f"BTC {size}"}
+        yield coded(weights, everything(Uniform(size, threshold=threshold)), names)
+    for name, codec in MULTILEVEL.items():
+        for bits in BITS:
+            # Total error, as the figure and the table measure it.
+            policy = dataclasses.replace(everything(codec), balance=0.0)
+            yield coded(weights, policy, {"name": f"{name} {bits:g}", "family": name}, bits=bits)
 
 
-def baseline_row(params: Params, baseline: Baseline) -> dict[str, Any]:
-    """The figures of one baseline."""
-    _, metrics = apply_baseline(params, baseline, policy=policy(Uniform()))
-    return row(baseline.name, baseline.name.split(" ")[0], metrics.total)
+def coded(weights: WeightSet, policy: Policy, names: dict[str, str], **target: Any) -> Row:
+    """The row of weights packed by `policy`; `target` goes to `btc_quantize`."""
+    packed = btc_quantize(weights.params, policy=policy, **target)
+    bits = 8 * sum(leaf.nbytes for leaf in packed.values())
+    return measured(weights, btc_dequantize(packed), bits, **names, source="btc_jax")
 
 
-def row(name: str, family: str, total: Measures) -> dict[str, Any]:
-    figures = {"payload": total.payload_bits, "header": total.header_bits, "effective": total.effective_bits}
-    return {"name": name, "family": family} | figures | {"rmse": total.rmse, "SQNR dB": total.sqnr_db}
+def compare(weights: WeightSet, peers: list[Peer], cache: Path, refresh: bool) -> list[Row]:
+    """The rows of all sides, by their bits."""
+    what = f"{weights.name}: other quantizers"
+    rows = [peer_row(weights, peer, cache, refresh) for peer in tracked(peers, what, True)]
+    with rich.get_console().status(f"{weights.name}: btc_jax"):
+        rows += ours(weights)
+    return sorted(rows, key=lambda row: row["effective"])
 
 
-def draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A panel a network: effective bits against SQNR, a line for each block size, a point for each baseline."""
-    figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 4), sharey=True, squeeze=False)
-    for panel, (network, rows) in zip(panels[0], results.items(), strict=True):
-        for size, colour in zip(BLOCK_SIZES, COLOURS, strict=True):
-            line = sorted((r["effective"], r["SQNR dB"]) for r in rows if r["family"] == f"BTC {size}")
-            panel.plot(*zip(*line, strict=True), "-o", color=colour, markersize=4, label=f"BTC, blocks of {size}")
-        for family, marker in (("absmax4", "s"), ("uniform8", "^"), ("percentile8", "v")):
-            points = [(r["effective"], r["SQNR dB"]) for r in rows if r["family"] == family]
-            panel.plot(*zip(*points, strict=True), marker, color="black", linestyle="none", label=family)
-        panel.set(title=network, xlabel="effective bits per weight (everything stored)")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("SQNR of the weights, dB")
-    panels[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
+def show(weights: WeightSet, rows: list[Row]) -> None:
+    shown = ({name: row[name] for name in COLUMNS if name in row} for row in rows)
+    rich.print(comparison_table(shown, f"{weights.name}, {weights.size:,} weights; effective bits per weight"))
+
+
+def load(names: list[str], data: Path) -> Iterator[WeightSet]:
+    for name in names:
+        try:
+            yield networks.load(name, data)
+        except networks.MissingWeights as missing:
+            rich.print(f"left out: {missing}")
 
 
 def main(
-    networks: Annotated[
-        list[Path], typer.Argument(help="safetensors files, PyTorch layout.", exists=True, dir_okay=False)
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the JSON file and the figure.")] = Path("out"),
+    sets: Annotated[list[str] | None, typer.Argument(help="Sets of weights, or safetensors files.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the CIFAR-10 networks and images.")] = networks.DATA,
+    output: Annotated[Path, typer.Option(help="Folder for the results, the figure, and peers' figures.")] = Path("out"),
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the peers anew.")] = False,
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
+    peers = available(rich.print)
     results = {}
-    for network in networks:
-        params = load_file(network)
-        rows = [btc_row(params, Uniform(size, threshold=t)) for size in BLOCK_SIZES for t in THRESHOLDS]
-        rows += [baseline_row(params, baseline) for baseline in BASELINES]
-        results[network.stem] = rows
-        shown = ({k: v for k, v in r.items() if k != "family"} for r in sorted(rows, key=lambda r: r["effective"]))
-        rich.print(comparison_table(shown, f"{network.stem}, bits per weight"))
+    for weights in load(sets or list(DEFAULT_SETS), data):
+        results[weights.name] = compare(weights, peers, output / "peers", refresh)
+        show(weights, results[weights.name])
+    if not results:
+        raise typer.BadParameter("none of the sets is here")
+    output.mkdir(parents=True, exist_ok=True)
     (output / "rate_distortion.json").write_text(json.dumps(results, indent=1))
     draw(results, output / "rate_distortion.svg")
     draw(results, output / "rate_distortion.png")

@@ -5,9 +5,10 @@
 One 64 MiB leaf, a quarter of its blocks wide, on one core. All sides run interleaved in one process, in warm memory,
 and are measured in processor time of the process, which other load on the machine disturbs least. The medians are
 printed as ratios to `memcpy`: above 1 is faster than copying. `gguf` (numpy) and `qwix` (jax) take part where they are
-installed: pip install "btc_jax[benchmarks]".
+installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -41,7 +42,7 @@ import rich
 import typer
 from rich.table import Table
 
-from btc_jax import Uniform, coding, quantize_leaf
+from btc_jax import Multilevel, Policy, Uniform, btc_allocate, btc_quantize, coding, quantize_leaf
 
 SIDE = 4096
 MIB = 2**20
@@ -67,6 +68,22 @@ def ours(leaf: jax.Array, block_size: int) -> dict[str, Call]:
     return calls
 
 
+def multilevel(leaf: jax.Array) -> dict[str, Call]:
+    """The multilevel codec at 4.5 bits: packing with the slope known, and with the search for it."""
+    calls: dict[str, Call] = {}
+    found = btc_allocate({"kernel": leaf}, bits=4.5, policy=Policy(Multilevel(), order="stored")).rules[0].codec
+    assert isinstance(found, Multilevel)
+    for effort in ("fast", "exhaustive"):
+        codec = dataclasses.replace(found, effort=effort)
+        calls[f"btc_jax multilevel {effort} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
+    policy = Policy(Multilevel(), order="stored")
+    calls["btc_jax multilevel fast, bits=4.5, encode"] = lambda: btc_quantize({"kernel": leaf}, bits=4.5, policy=policy)
+    tensor = quantize_leaf(leaf, found, "stored")
+    calls["btc_jax multilevel decode f32"] = lambda: tensor.dequantize()
+    calls["btc_jax multilevel decode bf16"] = lambda: tensor.dequantize(jnp.bfloat16)
+    return calls
+
+
 def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
     """llama.cpp's formats as the gguf package writes them, in numpy."""
     try:
@@ -78,6 +95,22 @@ def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
         packed = quants.quantize(leaf, kind)
         calls[f"gguf {kind.name} encode"] = lambda kind=kind: quants.quantize(leaf, kind)
         calls[f"gguf {kind.name} decode f32"] = lambda kind=kind, packed=packed: quants.dequantize(packed, kind)
+    return calls
+
+
+def llama_cpp_peers(leaf: np.ndarray) -> dict[str, Call]:
+    """llama.cpp's own encoder and decoder, compiled, without an importance matrix."""
+    try:
+        from benchmarks.peers.llama_cpp import Format
+
+        kinds = [Format(name) for name in ("Q4_0", "Q4_K", "Q8_0")]
+    except ImportError:
+        return {}
+    calls: dict[str, Call] = {}
+    for kind in kinds:
+        packed = kind.encode(leaf)
+        calls[f"llama.cpp {kind.name} encode"] = lambda kind=kind: kind.encode(leaf)
+        calls[f"llama.cpp {kind.name} decode f32"] = lambda kind=kind, packed=packed: kind.decode(packed, leaf.size)
     return calls
 
 
@@ -113,7 +146,7 @@ def encode_memory(leaf: jax.Array, codec: Uniform) -> tuple[int, int]:
     By the compiled first step's own account; then numpy makes the smaller planes, which are copied to the device.
     """
     tensor = quantize_leaf(leaf, codec, "stored")
-    sizes: Any = coding._encode.lower(leaf, codec, "stored").compile().memory_analysis()
+    sizes: Any = coding._encode.lower(leaf, jnp.float32(0), codec, "stored").compile().memory_analysis()
     held = sizes.output_size_in_bytes
     peak = held + sizes.temp_size_in_bytes
     for packed in tensor.planes:
@@ -146,7 +179,8 @@ def main(
     calls: dict[str, Call] = {"memcpy": lambda: np.copyto(copy, leaf)}
     for size in sizes:
         calls |= ours(jnp.asarray(weights(size)), size)
-    calls |= gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
+    calls |= multilevel(jnp.asarray(leaf))
+    calls |= llama_cpp_peers(leaf) | gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
     seconds = medians(calls, rounds)
     rich.print(table(seconds))
     for size in sizes:

@@ -62,6 +62,7 @@ from btc_jax.stream import restore_file as restore_file
 from btc_jax.tensor import BTCTensor as BTCTensor
 from btc_jax.tensor import is_packed as is_packed
 from btc_jax.tensor import quantize_leaf as quantize_leaf
+from btc_jax.tree import btc_allocate as btc_allocate
 from btc_jax.tree import btc_dequantize as btc_dequantize
 from btc_jax.tree import btc_quantize as btc_quantize
 from btc_jax.tree import btc_reconstruct as btc_reconstruct

@@ -63,11 +63,19 @@ class Item(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How a leaf is packed: `slope` is the squared error that saves a bit, over the mean square of its weights."""
+    """How a leaf is packed.
+
+    Attributes:
+        codec: its codec.
+        order: how its weights run through the blocks.
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of its weights.
+        rms: the root of that mean square.
+    """
 
     codec: Codec
     order: Order
-    slope: float
+    slope: float = 0.0
+    rms: float = 0.0
 
 
 class Cost(NamedTuple):
@@ -156,7 +164,7 @@ class _Leaf:
         self.adaptive = item.codec.adaptive
         self.weights = math.prod(item.shape)
         values = jnp.asarray(item.read())
-        self.rms = float(_finite_rms(values, item.path))
+        self.rms = _finite_rms(values, item.path)
         self.order = item.order
         self._samples = {item.order: self._sample(values, item.order)}
         taps = with_taps(item.shape, item.order) if item.free and self.adaptive else None
@@ -166,18 +174,25 @@ class _Leaf:
         self._samples = {self.order: self._samples[self.order]}
         self._known: dict[tuple[Codec, float, bool], Cost] = {}
 
+    @property
+    def most(self) -> int:
+        """Bytes if every block were as wide as can be."""
+        codec = self.item.codec.candidates[-1]
+        blocks = -(-self.weights // codec.block_size)
+        return coding.packed_nbytes(codec, self.weights, (*(0,) * (len(codec.widths) - 1), blocks))
+
     def choice(self, octave: float) -> Choice:
-        """The candidate codec of least error plus slope times bits. One with widths of its own sees the slope as well."""
+        """The candidate codec of least error plus slope times bits."""
         slope = 2.0**octave
         codecs = self.item.codec.candidates
         if len(codecs) == 1:
-            return Choice(codecs[0], self.order, slope)
+            return Choice(codecs[0], self.order, slope, self.rms)
 
         def lagrangian(codec: Codec) -> float:
             cost = self._cost(codec, 0.0, whole=False)
             return cost.error * self.weights + slope * 8 * cost.nbytes
 
-        return Choice(min(codecs, key=lagrangian), self.order, 0.0)
+        return Choice(min(codecs, key=lagrangian), self.order, 0.0, self.rms)
 
     def cost(self, octave: float, whole: bool) -> Cost:
         choice = self.choice(octave)
@@ -213,7 +228,7 @@ class _Problem:
 
     def __init__(self, leaves: list[_Leaf], target: Target, balance: float, nbytes_beside: int):
         self.leaves, self.target = leaves, target
-        self.weights = sum(leaf.weights for leaf in leaves)
+        self.weights = max(sum(leaf.weights for leaf in leaves), 1)
         self.signal = math.fsum(leaf.weights * leaf.rms**2 for leaf in leaves)
         self.nbytes_beside = nbytes_beside
         scaled = [leaf for leaf in leaves if leaf.rms > 0]
@@ -246,20 +261,27 @@ class _Problem:
         return 10 * math.log10(self.signal / squares) if squares else math.inf
 
     def excess(self, octave: float, whole: bool) -> float:
-        """How far the target is missed at this slope, as an octave of error or a part of the bits; it is met below 0."""
+        """How far the target is missed, in octaves of error or as a part of the bits; it is met below 0."""
         value, wanted = self.value(octave, whole), self.target.value
         if self.target.kind == "rmse":
             return math.log2(max(value, 1e-300) / wanted)
         return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1
 
     def refuse_unreachable(self) -> None:
-        ends = [self.value(octave, whole=False) for octave in (_LOWEST, _HIGHEST)]
-        low, high = min(ends), max(ends)
-        if not low * (1 - 1e-9) <= self.target.value <= high * (1 + _TOLERANCE):
+        """A bound that is met with room to spare is no reason, unless it asks for more bits than codecs have."""
+        best, least = (self.value(octave, whole=False) for octave in (_LOWEST, _HIGHEST))
+        low, high = min(best, least), max(best, least)
+        nbytes = sum(leaf.most for leaf in self.leaves)
+        if self.target.kind == "bits":
+            high = 8 * nbytes / self.weights
+        elif self.target.kind == "size":
+            high = math.inf
+        above, below = self.target.kind != "rmse", self.target.kind != "sqnr_db"
+        if (below and self.target.value < low * (1 - 1e-9)) or (above and self.target.value > high * (1 + _TOLERANCE)):
             form = ",.0f" if self.target.kind == "size" else ".4g"
             raise ValueError(
-                f"{self.target.kind} of {self.target.value:{form}} cannot be reached: these leaves and codecs reach from "
-                f"{low:{form}} to {high:{form}}"
+                f"{self.target.kind} of {self.target.value:{form}} cannot be reached: these leaves and codecs reach "
+                f"from {low:{form}} to {high:{form}}"
             )
 
     def solve(self, whole: bool, start: tuple[float, float]) -> float:
@@ -275,6 +297,8 @@ class _Problem:
             met, missed, step = min(max(met - step, _LOWEST), _HIGHEST), met, 2 * step
         while excess(missed) <= 0 and _LOWEST < missed < _HIGHEST:
             met, missed, step = missed, min(max(missed + step, _LOWEST), _HIGHEST), 2 * step
+        if excess(missed) <= 0:
+            return missed  # more than enough even there
         for i in range(40):
             if -_TOLERANCE <= excess(met) <= 0 or abs(met - missed) < 1e-5:
                 break
@@ -303,12 +327,10 @@ def _finite_rms(values: Array, path: str) -> float:
     Raises:
         ValueError: a weight is NaN or infinite.
     """
+    values = jnp.atleast_1d(values)
     largest = float(jnp.abs(values).max(initial=0).astype(jnp.float32))
-    if not math.isfinite(largest):
-        wrong = int(jnp.sum(~jnp.isfinite(values)))
-        raise ValueError(
-            f"{path}: {wrong} of {values.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
-        )
+    if largest > 1e36 or not jnp.isfinite(values).all():
+        raise ValueError(f"{path}: {coding.what_does_not_fit(values)}")
     if largest < float(jnp.finfo(jnp.float32).tiny):
         return 0.0
     rows = coding.square_sums(values, largest)
@@ -317,6 +339,8 @@ def _finite_rms(values: Array, path: str) -> float:
 
 def _number(kind: str, value: Any) -> float:
     try:
+        if isinstance(value, bool | str):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{kind} is {value!r}; it must be a number") from None

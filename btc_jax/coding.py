@@ -38,7 +38,7 @@ def pack(
     rows, widths, header, finite, counts = _encode(leaf, _number(slope), codec, order)
     finite, counts = bool(finite), tuple(counts.tolist())
     if not finite:
-        raise ValueError(f"{path}: {_what_does_not_fit(leaf, codec)}")
+        raise ValueError(f"{path}: {what_does_not_fit(leaf, codec)}")
     planes = [
         _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
         for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
@@ -216,11 +216,12 @@ def _kept_rows(codec: Codec, counts: tuple[int, ...]) -> list[int]:
     ]
 
 
-def _what_does_not_fit(leaf: Array, codec: Codec) -> str:
+def what_does_not_fit(leaf: Array, codec: Codec | None = None) -> str:
+    """What is wrong with a leaf that cannot be packed, and the remedy."""
     not_finite = int(jnp.sum(~jnp.isfinite(leaf)))
     if not_finite:
         return f"{not_finite} of {leaf.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
     largest = float(jnp.abs(leaf).max())
-    if largest > 1e36:
+    if largest > 1e36 or codec is None:
         return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
     return f"weights as large as {largest:g} do not fit the header; use {codec.id} with header_dtype='float32'"

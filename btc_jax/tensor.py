@@ -170,7 +170,7 @@ def quantize_leaf(
         (choice,), _ = allocate([item], Target("bits", DEFAULT_BITS), balance=0)
         codec, slope = choice.codec, choice.slope
     planes, header = coding.pack(array, codec, order, path, slope or 0.0)
-    return BTCTensor(planes, header, array.shape, dtype, codec, order)
+    return BTCTensor(planes, header, array.shape, dtype, codec.stored, order)
 
 
 def check_order(order: str, shape: tuple[int, ...], what: str) -> None:

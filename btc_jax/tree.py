@@ -1,6 +1,8 @@
 """The same for whole trees: every leaf that the policy takes is packed, decoded, or both."""
 
+import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
 from btc_jax.allocate import DEFAULT_BITS, Choice, Item, Target, allocate, target_of
 from btc_jax.codecs import Codec, Multilevel, Uniform
-from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy
+from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
@@ -42,8 +44,8 @@ def btc_quantize(
     Args:
         params: a pytree of jax or numpy arrays.
         codec: the codec of leaves taken by default; short for `policy=Policy(codec)`.
-        policy: which leaves are taken, and how. If neither is given, `Policy(Multilevel())` with a target, and `Policy()`
-            without.
+        policy: which leaves are taken, and how. If neither is given, `Policy(Multilevel())` with a target, and
+            `Policy()` without.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
         rmse: root mean squared error over the packed weights at most, in their units.
@@ -97,12 +99,45 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
     return jax.tree.map(lambda x: x.dequantize(dtype) if is_packed(x) else x, tree, is_leaf=is_packed)
 
 
+def btc_allocate(
+    params: PyTree,
+    codec: Codec | None = None,
+    *,
+    policy: Policy | None = None,
+    bits: float | None = None,
+    size: float | str | None = None,
+    rmse: float | None = None,
+    sqnr_db: float | None = None,
+) -> Policy:
+    """Shares out bits as `btc_quantize` does for a target, and returns the policy that says how: one rule a leaf.
+
+    With it `btc_quantize` packs the same tree the same way, other trees of the same paths alike, and `btc_reconstruct`
+    can run inside `jax.jit`.
+
+    Args, raises: as `btc_quantize`.
+
+    Example:
+        >>> import btc_jax, jax
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+        >>> [(rule.pattern, rule.order) for rule in btc_jax.btc_allocate(params, bits=4).rules]
+        [('re:kernel', 'output-major')]
+    """
+    target = target_of(bits, size, rmse, sqnr_db)
+    policy = one_policy(codec, policy, target)
+    leaves, decisions, _ = decide(params, policy)
+    refuse_without_values(leaves, decisions)
+    refuse_nothing_to_do(leaves, decisions)
+    choices = choose(leaves, decisions, target, policy.balance)
+    rules = [_rule(how, choice) for how, choice in zip(decisions, choices, strict=True) if choice]
+    return dataclasses.replace(policy, rules=tuple(rules), names=())
+
+
 def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Policy | None = None) -> PyTree:
     """Quantizes and decodes in one traced call: the dense weights that a packed tree would give.
 
     For inside `jax.jit`: sweeps over many configurations, and fine-tuning with the quantization in the loss. The
     gradient passes straight through, as if nothing had been rounded. Weights are not checked: NaN and infinity give
-    NaN.
+    NaN. Codecs that adapt to a target need a policy from `btc_allocate` there.
 
     Args, raises: as `btc_quantize`.
 
@@ -112,9 +147,17 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
         >>> float(jax.jit(jax.grad(loss))({"kernel": jnp.full((64, 64), 0.5)})["kernel"][0, 0])
         1.0
     """
-    leaves, decisions, treedef = decide(params, one_policy(codec, policy))
+    policy = one_policy(codec, policy)
+    leaves, decisions, treedef = decide(params, policy)
     refuse_nothing_to_do(leaves, decisions)
-    return btc_dequantize(treedef.unflatten(map(_reconstruct, leaves, decisions)))
+    for leaf, how in zip(leaves, decisions, strict=True):
+        if how.codec is not None and how.codec.adaptive and isinstance(leaf, Tracer):
+            raise TypeError(
+                f"{how.path} is traced, and {how.codec!r} adapts to a target; share out the bits outside, and pass the "
+                "result: policy=btc_allocate(params, bits=4.5)"
+            )
+    choices = choose(leaves, decisions, None, policy.balance)
+    return btc_dequantize(treedef.unflatten(map(_reconstruct, leaves, choices)))
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -153,10 +196,10 @@ def choose(
         shared = taken if target else []
     beside = sum(leaf_nbytes(leaf) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is None)
     found = {}
-    if target:
+    if target and shared:
         choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
-    return [None if how.codec is None else found.get(how.path, Choice(how.codec, how.order, 0.0)) for how in decisions]
+    return [None if how.codec is None else found.get(how.path, Choice(how.codec, how.order)) for how in decisions]
 
 
 def leaf_nbytes(leaf: Any) -> int:
@@ -192,8 +235,12 @@ def _quantize(leaf: Any, how: Decision, choice: Choice | None) -> Any:
     return leaf if choice is None else quantize_leaf(leaf, choice.codec, choice.order, how.path, choice.slope)
 
 
-def _reconstruct(leaf: Any, decision: Decision) -> Any:
-    return leaf if decision.codec is None else coding.reconstruct(leaf, decision.codec, decision.order)
+def _reconstruct(leaf: Any, choice: Choice | None) -> Any:
+    return leaf if choice is None else coding.reconstruct(leaf, choice.codec, choice.order, choice.slope)
+
+
+def _rule(how: Decision, choice: Choice) -> Rule:
+    return Rule(f"re:{re.escape(how.path)}", choice.codec.fixed(choice.slope, choice.rms), choice.order, how.weight)
 
 
 def refuse_without_values(leaves: list[Any], decisions: list[Decision]) -> None:

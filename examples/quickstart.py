@@ -30,9 +30,11 @@ Apply = Callable[[PyTree, Any], Any]
 Row = dict[str, Any]
 
 BLOCK_SIZES = (32, 64, 128, 256)
+BUDGETS = (4.5, 3.5)
+"""Effective bits per weight that the multilevel codec is given."""
 BATCH_SIZE = 64
 BASELINES = {"uniform8": btc_jax.uniform8(), "percentile8": btc_jax.percentile8(), "absmax4": btc_jax.absmax4()}
-TITLE = "BTC by block size, and other quantizers (bits per weight; bytes of the tree)"
+TITLE = "BTC by block size, multilevel by bits, others (bits per weight; bytes of all)"
 
 console = Console(markup=False, highlight=False)
 
@@ -132,7 +134,7 @@ class Exam(NamedTuple):
 
 
 def compare(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> Iterator[Row]:
-    """A row for the float parameters, one a block size, and one for each of the other quantizers."""
+    """A row for the float parameters, one a block size, one a budget, and one for each of the other quantizers."""
     reference = exam.logits(params)
     bits = {"rmse": 0.0, "payload": 32.0, "header": 0.0, "effective": 32.0, "bytes": nbytes(params)}
     yield {"name": "float32"} | exam.figures(params, reference) | bits
@@ -140,6 +142,10 @@ def compare(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> Iterator
         tree = btc_jax.btc_quantize(params, codec(block_size=size))
         metrics = btc_jax.btc_metrics(params, tree, codec(block_size=size))
         yield {"name": f"BTC {size}"} | exam.figures(tree, reference) | costs(metrics)
+    for bits in BUDGETS:
+        tree = btc_jax.btc_quantize(params, bits=bits)
+        metrics = btc_jax.btc_metrics(params, tree, btc_jax.Multilevel())
+        yield {"name": f"multi {bits}"} | exam.figures(tree, reference) | costs(metrics)
     for name, baseline in BASELINES.items():
         tree, metrics = btc_jax.apply_baseline(params, baseline)
         yield {"name": name} | exam.figures(tree, reference) | costs(metrics)

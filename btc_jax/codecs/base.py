@@ -8,6 +8,7 @@ the other encodes.
 import abc
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -63,6 +64,15 @@ class Codec(abc.ABC):
     def candidates(self) -> "tuple[Codec, ...]":
         """The codecs of which the allocation chooses one for a leaf; each decodes only its own."""
         return (self,)
+
+    def fixed(self, slope: float, rms: float) -> "Codec":
+        """The codec with its rule fixed at a slope, for a leaf of this root mean square: no longer adaptive."""
+        return self
+
+    @property
+    def stored(self) -> "Codec":
+        """The codec without what only encoding needs: packed leaves that decode alike have equal ones."""
+        return self
 
     @abc.abstractmethod
     def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -124,6 +134,17 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def positive(name: str, value: Any) -> float:
+    """A positive, finite number from the argument `name`, or an error that names it."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; it must be a number") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+    return number
 
 
 def root_mean_square(parts: Sequence[Float[Array, "_ _"]]) -> Float[Array, ""]:

@@ -7,7 +7,7 @@ everywhere, all blocks end up with nearly the same step; so a block's range tell
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 
 from btc_jax._typing import Array, ArrayLike, Float, UInt, UInt8
 from btc_jax._xla import divide, in_chunks
-from btc_jax.codecs.base import Codec, Coded, Setting, integer, root_mean_square
+from btc_jax.codecs.base import Codec, Coded, Setting, integer, positive, root_mean_square
 
 Effort = Literal["fast", "exhaustive"]
 
@@ -26,10 +26,10 @@ TOP = 8 * OCTAVE - 1
 OFFSETS = 8
 """Places of the middle of a block's grid."""
 _SPACING = 5 / 64
-"""Distance of neighbouring offsets, over the half-range. Measured best among 0.05 to 0.1, and exact in binary."""
+"""Distance of neighbouring offsets, over the half-range: 0.1 dB better than 0.1, and exact in binary."""
 _RATIO = 2.25
-"""Smallest step over the root of the slope. For a uniform error it would be sqrt(6 / log(2)) = 2.9 for the middle of the
-four steps, 2.3 for the smallest; measured best on real networks among 1 to 4."""
+"""Smallest step over the root of the slope. For an even error it would be sqrt(6 / log(2)) = 2.9 for the middle of the
+four steps, so 2.3 for the smallest; between 2.0 and 2.5 it made no difference on real networks, beyond it did."""
 _LARGEST = 1e36
 """Weights beyond this leave no room to calculate in float32."""
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -60,6 +60,8 @@ class Multilevel(Codec):
             the target of `btc_quantize` choose it for each leaf, `None` a width for each block.
         effort: `"fast"` tries the ranges and offsets near those of a block's extremes, `"exhaustive"` all that could
             be better; the format is the same.
+        slope: the squared error that saves a bit, over the mean square of the leaf's weights; `None` leaves it to the
+            target of `btc_quantize`, such as `bits=4.5`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -76,6 +78,7 @@ class Multilevel(Codec):
     block_size: int = 32
     width: int | Literal["leaf"] | None = None
     effort: Effort = "fast"
+    slope: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "block_size", integer("block_size", self.block_size))
@@ -89,6 +92,12 @@ class Multilevel(Codec):
                 )
         if self.effort not in _WINDOW:
             raise ValueError(f"effort is {self.effort!r}; it can be 'fast' or 'exhaustive'")
+        if self.slope is not None:
+            if self.width is not None:
+                raise ValueError(
+                    f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one"
+                )
+            object.__setattr__(self, "slope", positive("slope", self.slope))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -96,7 +105,19 @@ class Multilevel(Codec):
 
     @property
     def adaptive(self) -> bool:
-        return True
+        return self.slope is None and not isinstance(self.width, int)
+
+    def fixed(self, slope: float, rms: float) -> "Multilevel":
+        return self if isinstance(self.width, int) else dataclasses.replace(self, slope=slope)
+
+    def to_json(self) -> dict[str, Any]:
+        # What only encoding needs is left out where it is as usual, and so out of files.
+        usual = {"effort": "fast", "slope": None}
+        return {name: value for name, value in super().to_json().items() if name not in usual or value != usual[name]}
+
+    @property
+    def stored(self) -> "Multilevel":
+        return dataclasses.replace(self, effort="fast", slope=None)
 
     @property
     def candidates(self) -> tuple[Codec, ...]:
@@ -109,10 +130,11 @@ class Multilevel(Codec):
         return {"centre": number, "header": jax.ShapeDtypeStruct((blocks,), jnp.dtype(jnp.uint8)), "step": number}
 
     def tune(self, parts: Sequence[Float[Array, "_ _"]], slope: ArrayLike) -> Setting:
+        slope = jnp.asarray(slope if self.slope is None else self.slope, jnp.float32)
         rms = root_mean_square(parts)
         unit = jnp.where(rms > 0, rms, 1)
         centre = _centre(parts, unit)
-        lowest = jnp.float32(0) if self.width is not None else _RATIO * jnp.sqrt(jnp.asarray(slope, jnp.float32))
+        lowest = jnp.float32(0) if self.width is not None else _RATIO * jnp.sqrt(slope)
         # Blocks below the step become zero anyway, and must not pull the mean down.
         logs = [jnp.log2(jnp.maximum(_largest(part - centre) / unit, jnp.maximum(lowest, 2.0**-20))) for part in parts]
         middle = functools.reduce(jnp.add, [log.sum() for log in logs]) / max(sum(log.size for log in logs), 1)
@@ -120,7 +142,7 @@ class Multilevel(Codec):
         step = jnp.maximum(lowest, jnp.exp2(middle + (0.5 if self.width is None else 3) - TOP / OCTAVE))
         fits = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts]) <= _LARGEST
         step = jnp.where(fits, jnp.maximum(step * unit, _TINY), jnp.nan)
-        return {"centre": centre, "step": step, "unit": unit, "slope": jnp.asarray(slope, jnp.float32)}
+        return {"centre": centre, "step": step, "unit": unit, "slope": slope}
 
     def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         header = self._headers(blocks, setting)
@@ -165,7 +187,7 @@ class Multilevel(Codec):
             def candidate(i: Array) -> Array:
                 r = jnp.clip(natural + jnp.float32(first) + (i // tried).astype(jnp.float32), 1, TOP)
                 near = middle / (step * jnp.exp2(r / OCTAVE)) / _SPACING + (OFFSETS - 1) / 2
-                offset = jnp.floor(near) * (tried < OFFSETS) + (i % tried).astype(jnp.float32)
+                offset = (jnp.floor(near) if tried < OFFSETS else 0.0) + (i % tried).astype(jnp.float32)
                 ranged = r * OFFSETS + jnp.clip(offset, 0, OFFSETS - 1)
                 return jnp.where(i < regular, ranged, _escape(reach / step)).astype(jnp.uint8)
 
@@ -205,7 +227,7 @@ class Multilevel(Codec):
 
 
 def _centre(parts: Sequence[Float[Array, "_ _"]], unit: Array) -> Float[Array, ""]:
-    """The mean of a leaf, if its weights lie well to one side of zero, else 0; the value itself if all have the same."""
+    """The mean of a leaf whose weights lie well to one side of zero, else 0; of equal weights their value, exactly."""
     count = max(sum(part.size for part in parts), 1)
     mean = functools.reduce(jnp.add, [(part / unit).sum(1).sum() for part in parts]) / count
     low = functools.reduce(jnp.minimum, [part.min(initial=jnp.inf) for part in parts])
@@ -220,7 +242,7 @@ def _largest(block: Float[Array, "blocks size"]) -> Float[Array, " blocks"]:
 
 
 def _escape(reach: Float[Array, " blocks"]) -> Float[Array, " blocks"]:
-    """The escape that just holds blocks of these half-ranges, in steps of the leaf: where 8 + e (e - 1) / 4 octaves do."""
+    """The escape `e` that just holds blocks of this reach, over the step of the leaf: 8 + e (e - 1) / 4 octaves."""
     beyond = jnp.maximum(jnp.log2(jnp.maximum(reach, 1)) - 8, 0)
     return jnp.clip(jnp.ceil((1 + jnp.sqrt(1 + 16 * beyond)) / 2), 1, OFFSETS - 1)
 

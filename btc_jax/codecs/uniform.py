@@ -96,6 +96,15 @@ class Uniform(Codec):
     def wide_bits(self) -> int:
         return self.high_bits
 
+    def fixed(self, slope: float, rms: float) -> "Uniform":
+        return dataclasses.replace(self, threshold=rms * math.sqrt(slope * self._worth)) if self.adaptive else self
+
+    @property
+    def _worth(self) -> float:
+        """The variance of a block, over the slope, from which its wide codes save as much error as they cost bits."""
+        saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
+        return (self.high_bits - self.low_bits) / saved
+
     def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
         extreme = jax.ShapeDtypeStruct((blocks,), jnp.dtype(self.header_dtype))
         extremes = {"maximum": extreme, "minimum": extreme}
@@ -107,9 +116,7 @@ class Uniform(Codec):
         """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
         if self.threshold != "auto":
             return {"threshold": jnp.float32(self.threshold)}
-        saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
-        worth = jnp.asarray(slope, jnp.float32) * ((self.high_bits - self.low_bits) / saved)
-        return {"threshold": jnp.sqrt(worth) * root_mean_square(parts)}
+        return {"threshold": jnp.sqrt(jnp.asarray(slope, jnp.float32) * self._worth) * root_mean_square(parts)}
 
     def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         statistics = functools.partial(self._statistics, setting["threshold"])

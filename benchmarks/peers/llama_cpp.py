@@ -1,0 +1,111 @@
+"""llama.cpp's formats, through the shared library that the package llama-cpp-python is built with.
+
+What runs is what `llama-quantize` runs without an importance matrix, single-threaded, and the decoder of the reference.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers import Reconstruct, as_leaf, in_rows
+
+# The numbers stand in GGUF files, so they never change.
+TYPES = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ3_S": 21,
+    "IQ4_XS": 23,
+    "MXFP4": 39,
+    "NVFP4": 40,
+}
+
+
+class _Traits(ctypes.Structure):
+    """ggml's `struct ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+class Format:
+    """One of `TYPES`."""
+
+    def __init__(self, name: str):
+        self.name, self.number, self._ggml = name, TYPES[name], _library()
+        self._traits = self._ggml.ggml_get_type_traits(self.number).contents
+        found = self._traits.type_name.decode()
+        if found.lower() != name.lower():
+            raise ImportError(f"its library calls type {self.number} {found}, not {name}; it is too old or too new")
+
+    @property
+    def group(self) -> int:
+        """Weights in one block of the format."""
+        return self._traits.blck_size
+
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Contiguous float32 weights, a multiple of `group`, as the bytes of a GGUF tensor of one row."""
+        stored = np.empty(rows.size // self.group * self._traits.type_size, np.uint8)
+        written = self._ggml.ggml_quantize_chunk(self.number, _at(rows), _at(stored), 0, 1, rows.size, None)
+        assert written == stored.nbytes
+        return stored
+
+    def decode(self, stored: np.ndarray, weights: int) -> np.ndarray:
+        decoded = np.empty(weights, np.float32)
+        self._traits.to_float(_at(stored), _at(decoded), weights)
+        return decoded
+
+    def reconstruct(self, leaf: np.ndarray) -> tuple[np.ndarray, int]:
+        rows = in_rows(leaf, self.group)
+        stored = self.encode(rows)
+        return as_leaf(self.decode(stored, rows.size), leaf), 8 * stored.nbytes
+
+
+def formats() -> dict[str, tuple[str, Reconstruct]]:
+    return {f"llama.cpp {name}": ("llama.cpp", Format(name).reconstruct) for name in TYPES}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """ggml's base library, without importing the package, which would load all of llama.cpp."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("No module named 'llama_cpp'")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    found = [p for p in sorted(folder.glob("*ggml-base*")) if p.suffix in (".so", ".dylib", ".dll")]
+    if not found:
+        raise ImportError(f"no library ggml-base in {folder}")
+    library = ctypes.CDLL(str(found[0]))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def _at(array: np.ndarray) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data
