@@ -53,13 +53,23 @@ class OneLineErrors(TyperGroup):
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar with throughput on a terminal; yields what is to be called after each leaf."""
+def progress(title: str, total: int | None, before: str = "") -> Iterator[Callable[[str, int], None]]:
+    """A bar with throughput on a terminal; yields what is to be called after each leaf.
+
+    Args:
+        total: bytes of all leaves; `None` if nothing is known but that it takes a while, 0 if it does not.
+        before: what is done before the first leaf.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda _, size: bar.advance(task, size)
+    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    silent = not console.is_terminal or total == 0
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task(before or title, total=None if before else total)
+
+        def on_leaf(_: str, size: int) -> None:
+            bar.update(task, description=title, total=total, advance=size)
+
+        yield on_leaf
 
 
 def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> None:

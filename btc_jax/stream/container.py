@@ -45,7 +45,7 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
     codec = max(how.codec.candidates, key=lambda codec: len(plane_specs(codec.widths)))
     order = (with_taps(leaf.shape, how.order) if how.free else None) or how.order
     error = dict.fromkeys(("rmse", "relative_rmse", "sqnr_db", "largest_error"), _LONGEST)
-    details = {"codec": codec.to_json(), "order": order, "error": error}
+    details = {"codec": codec.stored.to_json(), "order": order, "error": error}
     return _long(how, "packed", leaf, tuple(_tensors(how.path, codec, math.prod(leaf.shape))), details)
 
 
