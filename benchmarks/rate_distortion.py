@@ -29,11 +29,11 @@ DEFAULT_SETS = tuple(name for name in networks.SETS if name != "resnet32")
 THRESHOLDS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, float("inf"))
 PAPER = (*((64, t) for t in THRESHOLDS), *((size, t) for size in (32, 128, 256) for t in (0.05, float("inf"))))
 MULTILEVEL = {
-    "Multilevel": Multilevel(),
-    "Multilevel, exhaustive": Multilevel(effort="exhaustive"),
-    "Multilevel, a width a leaf": Multilevel(width="leaf"),
+    "Multilevel": (Multilevel(), (2.5, 3.0, 3.44, 4.0, 4.25, 4.5, 5.0, 5.5, 6.0, 6.56, 7.5)),
+    "Multilevel, exhaustive": (Multilevel(effort="exhaustive"), (3.0, 4.0, 4.5, 5.0, 6.0)),
+    "Multilevel, a width a leaf": (Multilevel(width="leaf"), (3.0, 4.0, 4.5, 5.0, 6.0)),
 }
-BITS = (2.5, 3.0, 3.44, 4.0, 4.25, 4.5, 5.0, 5.5, 6.0, 6.56, 7.5)
+"""Codecs and the bits that each is given."""
 COLUMNS = ("name", "effective", "SQNR dB", "relative dB", "KL", "agreement")
 
 
@@ -47,8 +47,8 @@ def ours(weights: WeightSet) -> Iterator[Row]:
     for size, threshold in PAPER:
         names = {"name": f"BTC {size}, threshold {threshold:g}", "family": f"BTC {size}"}
         yield coded(weights, everything(Uniform(size, threshold=threshold)), names)
-    for name, codec in MULTILEVEL.items():
-        for bits in BITS:
+    for name, (codec, budgets) in MULTILEVEL.items():
+        for bits in budgets:
             # Total error, as the figure and the table measure it.
             policy = dataclasses.replace(everything(codec), balance=0.0)
             yield coded(weights, policy, {"name": f"{name} {bits:g}", "family": name}, bits=bits)

@@ -43,7 +43,9 @@ def peer_row(weights: WeightSet, peer: Peer, cache: Path, refresh: bool = False)
 def fingerprint(weights: WeightSet) -> str:
     """A short hash of all weights, and of the exam."""
     digest = hashlib.sha256()
-    arrays = weights.params | ({} if weights.exam is None else {"": weights.exam.reference.round(3)})
+    arrays = dict(weights.params)
+    if weights.exam:
+        arrays |= weights.exam.rest | {"inputs": weights.exam.inputs, "labels": weights.exam.labels}
     for path, array in arrays.items():
         digest.update(f"{path} {array.shape} {array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).data)

@@ -18,13 +18,14 @@ from btc_jax._typing import Array, Order
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import Codec
 
-DEFAULT_BITS = 4.5
 _SAMPLE = 2**16
 """Weights of a leaf that are looked at while the slope is searched for; all of them only to make sure at the end."""
 _LOWEST, _HIGHEST = -26.0, 6.0
 """Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
 _STARVED = 3.0
-"""Octaves by which the slope of a leaf may exceed the middle one: 9 dB, or 1.5 bits."""
+"""Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
+_LOUD = 64
+"""Times the median block that a block counts at most in the scale of its leaf, so that an outlier does not set it."""
 _TOLERANCE = 0.003
 """Part of a target that may be left unused."""
 _PAYS = 0.98
@@ -110,6 +111,11 @@ def target_of(
     return None
 
 
+def usual_target(codecs: Sequence[Codec]) -> Target:
+    """The target of leaves with these adaptive codecs where none is given."""
+    return Target("bits", max(codec.usual_bits for codec in codecs))
+
+
 def nbytes_of(size: Any) -> float:
     """Bytes in a size such as `"25MB"`, `"1.5 GiB"` or a number.
 
@@ -149,11 +155,23 @@ def allocate(
             f"{target.kind}={target.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
             "Multilevel(), or Uniform(threshold='auto')"
         )
-    problem = _Problem(leaves, target, balance, nbytes_beside)
-    problem.refuse_unreachable()
-    octave = problem.solve(whole=False, start=(_LOWEST, _HIGHEST))
-    octave = problem.solve(whole=True, start=(octave - 0.25, octave + 0.25))
+    equal = _Problem(leaves, target, [0.0] * len(leaves), math.inf, nbytes_beside)
+    equal.refuse_unreachable()
+    limit = equal.solve(whole=False) + _STARVED
+    problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
+    octave = problem.solve(whole=True, near=problem.solve(whole=False))
     return problem.choices(octave), problem.costs(octave, whole=True)
+
+
+def _own_octaves(leaves: Sequence["_Leaf"], balance: float) -> list[float]:
+    """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
+    scaled = [leaf for leaf in leaves if leaf.scale > 0]
+    logs = math.fsum(leaf.weights * math.log2(leaf.scale) for leaf in scaled)
+    middle = logs / max(sum(leaf.weights for leaf in scaled), 1)
+    return [
+        (balance - 2) * (math.log2(leaf.scale) - middle) - math.log2(leaf.item.weight) if leaf.scale > 0 else 0.0
+        for leaf in leaves
+    ]
 
 
 class _Leaf:
@@ -165,13 +183,14 @@ class _Leaf:
         self.weights = math.prod(item.shape)
         values = jnp.asarray(item.read())
         self.rms = _finite_rms(values, item.path)
-        self.order = item.order
+        self.order: Order = item.order
         self._samples = {item.order: self._sample(values, item.order)}
         taps = with_taps(item.shape, item.order) if item.free and self.adaptive else None
         if taps:
             self._samples[taps] = self._sample(values, taps)
             self.order = self._better(item.order, taps)
         self._samples = {self.order: self._samples[self.order]}
+        self.scale = self._scale()
         self._known: dict[tuple[Codec, float, bool], Cost] = {}
 
     @property
@@ -182,8 +201,8 @@ class _Leaf:
         return coding.packed_nbytes(codec, self.weights, (*(0,) * (len(codec.widths) - 1), blocks))
 
     def choice(self, octave: float) -> Choice:
-        """The candidate codec of least error plus slope times bits."""
-        slope = 2.0**octave
+        """The candidate codec of least error plus slope times bits, at a power of two of the square of the scale."""
+        slope = 2.0**octave * ((self.scale / self.rms) ** 2 if self.rms else 1.0)
         codecs = self.item.codec.candidates
         if len(codecs) == 1:
             return Choice(codecs[0], self.order, slope, self.rms)
@@ -206,6 +225,13 @@ class _Leaf:
             self._known[codec, slope, whole] = _measured(parts, codec, slope, self.weights)
         return self._known[codec, slope, whole]
 
+    def _scale(self) -> float:
+        """Root mean square of the weights, without what single loud blocks have beyond the others."""
+        squares = np.concatenate([np.asarray(s) for s in coding.mean_squares(self._samples[self.order])])
+        squares = np.minimum(squares, _LOUD * np.median(squares)) if squares.any() and np.median(squares) else squares
+        whole = float(np.mean(squares, dtype=np.float64)) if squares.size else 0.0
+        return min(self.rms * math.sqrt(whole), self.rms)
+
     def _sample(self, values: Array, order: Order) -> list[Array]:
         parts = coding.blocks_of(values, self.item.codec, order)
         rows = _SAMPLE // self.item.codec.block_size
@@ -224,28 +250,26 @@ class _Leaf:
 
 
 class _Problem:
-    """Total bits or error as a function of one slope, and the target for it."""
+    """Total bits or error as a function of one slope, and the target for it.
 
-    def __init__(self, leaves: list[_Leaf], target: Target, balance: float, nbytes_beside: int):
-        self.leaves, self.target = leaves, target
+    Attributes:
+        own: how far the slope of each leaf lies above the common one, in powers of two.
+        limit: the largest slope of any leaf.
+    """
+
+    def __init__(self, leaves: Sequence[_Leaf], target: Target, own: Sequence[float], limit: float, nbytes_beside: int):
+        self.leaves, self.target, self.own, self.limit = leaves, target, own, limit
+        self.nbytes_beside = nbytes_beside
         self.weights = max(sum(leaf.weights for leaf in leaves), 1)
         self.signal = math.fsum(leaf.weights * leaf.rms**2 for leaf in leaves)
-        self.nbytes_beside = nbytes_beside
-        scaled = [leaf for leaf in leaves if leaf.rms > 0]
-        logs = math.fsum(leaf.weights * math.log2(leaf.rms) for leaf in scaled)
-        middle = logs / max(sum(leaf.weights for leaf in scaled), 1)
-        self.octaves = [
-            min((balance - 2) * (math.log2(leaf.rms) - middle), _STARVED) - math.log2(leaf.item.weight)
-            if leaf.rms > 0
-            else 0.0
-            for leaf in leaves
-        ]
+        self.lowest, self.highest = _LOWEST - max(own), _HIGHEST - min(own)
 
     def choices(self, octave: float) -> list[Choice]:
-        return [leaf.choice(octave + own) for leaf, own in zip(self.leaves, self.octaves, strict=True)]
+        return [leaf.choice(min(octave + own, self.limit)) for leaf, own in zip(self.leaves, self.own, strict=True)]
 
     def costs(self, octave: float, whole: bool) -> list[Cost]:
-        return [leaf.cost(octave + own, whole) for leaf, own in zip(self.leaves, self.octaves, strict=True)]
+        pairs = zip(self.leaves, self.own, strict=True)
+        return [leaf.cost(min(octave + own, self.limit), whole) for leaf, own in pairs]
 
     def value(self, octave: float, whole: bool) -> float:
         """What the target is about, at this slope."""
@@ -268,35 +292,34 @@ class _Problem:
         return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1
 
     def refuse_unreachable(self) -> None:
-        """A bound that is met with room to spare is no reason, unless it asks for more bits than codecs have."""
-        best, least = (self.value(octave, whole=False) for octave in (_LOWEST, _HIGHEST))
+        """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
+        kind, wanted = self.target
+        best, least = (self.value(octave, whole=False) for octave in (self.lowest, self.highest))
         low, high = min(best, least), max(best, least)
-        nbytes = sum(leaf.most for leaf in self.leaves)
-        if self.target.kind == "bits":
-            high = 8 * nbytes / self.weights
-        elif self.target.kind == "size":
-            high = math.inf
-        above, below = self.target.kind != "rmse", self.target.kind != "sqnr_db"
-        if (below and self.target.value < low * (1 - 1e-9)) or (above and self.target.value > high * (1 + _TOLERANCE)):
-            form = ",.0f" if self.target.kind == "size" else ".4g"
+        if kind in ("bits", "size"):
+            nbytes = sum(leaf.most for leaf in self.leaves)
+            high = 8 * nbytes / self.weights if kind == "bits" else nbytes + self.nbytes_beside
+        too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
+        if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
+            form = ",.0f" if kind == "size" else ".4g"
             raise ValueError(
-                f"{self.target.kind} of {self.target.value:{form}} cannot be reached: these leaves and codecs reach "
-                f"from {low:{form}} to {high:{form}}"
+                f"{kind} of {wanted:{form}} cannot be reached: these leaves and codecs reach from {low:{form}} to "
+                f"{high:{form}}"
             )
 
-    def solve(self, whole: bool, start: tuple[float, float]) -> float:
+    def solve(self, whole: bool, near: float | None = None) -> float:
         """The power of two of a slope that meets the target and leaves as little of it unused as can be.
 
         Bits fall as the slope rises, and errors rise. Regula falsi, made sure by halving.
         """
-        rising = self.target.kind in ("rmse", "sqnr_db")
         excess = functools.lru_cache(None)(lambda octave: self.excess(octave, whole))
-        met, missed = start if rising else start[::-1]
-        step = 0.25 if met < missed else -0.25
-        while excess(met) > 0 and _LOWEST < met < _HIGHEST:
-            met, missed, step = min(max(met - step, _LOWEST), _HIGHEST), met, 2 * step
-        while excess(missed) <= 0 and _LOWEST < missed < _HIGHEST:
-            met, missed, step = missed, min(max(missed + step, _LOWEST), _HIGHEST), 2 * step
+        start = (self.lowest, self.highest) if near is None else (near - 0.25, near + 0.25)
+        met, missed = start if self.target.kind in ("rmse", "sqnr_db") else start[::-1]
+        step = missed - met
+        while excess(met) > 0 and self.lowest < met < self.highest:
+            met, missed, step = self._inside(met - step), met, 2 * step
+        while excess(missed) <= 0 and self.lowest < missed < self.highest:
+            met, missed, step = missed, self._inside(missed + step), 2 * step
         if excess(missed) <= 0:
             return missed  # more than enough even there
         for i in range(40):
@@ -307,6 +330,9 @@ class _Problem:
             middle = met + share * (missed - met)
             met, missed = (middle, missed) if excess(middle) <= 0 else (met, middle)
         return met
+
+    def _inside(self, octave: float) -> float:
+        return min(max(octave, self.lowest), self.highest)
 
 
 def _measured(parts: list[Array], codec: Codec, slope: float, weights: int) -> Cost:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
@@ -50,6 +51,7 @@ def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...],
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
+    planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size))
     decoded = _unpack(planes, header, codec, placed, jnp.float32 if taps else dtype)
     if taps:
         return _from_frequencies(decoded, taps, inverse(permutation), dtype)
@@ -79,6 +81,13 @@ def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) ->
     squares = functools.reduce(jnp.add, [jnp.square(error / signal).sum(1).sum() for error in errors])
     widths = jnp.concatenate([one.widths for one in coded])
     return _histogram(widths, codec), squares / max(sum(part.size for part in parts), 1)
+
+
+@jax.jit
+def mean_squares(parts: list[Float[Array, "_ _"]]) -> list[Float[Array, " _"]]:
+    """Of the weights of each block, over that of all of them."""
+    signal = jnp.maximum(root_mean_square(parts), jnp.finfo(jnp.float32).tiny)
+    return [jnp.square(part / signal).mean(1) for part in parts]
 
 
 @jax.jit
@@ -125,9 +134,41 @@ _compact = jax.jit(compact, static_argnums=(2, 3))
 
 def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     """Step 2 of packing, for one plane. On CPU numpy does it, which need not compile for each count of rows."""
-    if all(device.platform == "cpu" for device in rows.devices()):
+    if _on_cpu(rows):
         return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)], rows.sharding)
     return _compact(rows, widths, end, count)
+
+
+def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int) -> tuple[Any, ...]:
+    """Planes with a row for every block, or none at all, so that one program fits every mix of widths.
+
+    Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in anyway.
+    """
+    if all(len(plane) in (0, blocks) for plane in planes) or not all(map(_on_cpu, planes)):
+        return planes
+    widths = np.asarray(_unpacked_widths(header, codec, blocks))
+    return tuple(
+        plane if len(plane) in (0, blocks) else _spread(np.asarray(plane), widths >= spec.end)
+        for plane, spec in zip(planes, plane_specs(codec.widths), strict=True)
+    )
+
+
+def _spread(rows: np.ndarray, present: np.ndarray) -> np.ndarray:
+    whole = np.zeros((len(present), rows.shape[1]), rows.dtype)
+    whole[present] = rows
+    return whole
+
+
+def _on_cpu(array: Any) -> bool:
+    """Whether numpy can look at an array at no cost. A traced one has no values."""
+    if isinstance(array, Tracer):
+        return False
+    return isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "blocks"))
+def _unpacked_widths(header: Header, codec: Codec, blocks: int) -> Array:
+    return codec.unpack_header(header, blocks)[0]
 
 
 _transposed = jax.jit(jnp.transpose, static_argnums=1)

@@ -225,7 +225,7 @@ def main(
     codec: Annotated[CodecName, typer.Option(help="Codec of the blocks.")] = CodecName.UNIFORM,
     low_bits: Annotated[int, typer.Option(help="Bits per weight of a smooth block.")] = Uniform.low_bits,
     high_bits: Annotated[int, typer.Option(help="Bits per weight of any other.")] = Uniform.high_bits,
-    threshold: Annotated[float, typer.Option(help="Smooth is a standard deviation below this.")] = Uniform.threshold,
+    threshold: Annotated[float, typer.Option(help="Smooth is a standard deviation below this.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of split, weights and batches.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
     output: Annotated[

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from btc_jax._typing import Array, ArrayLike, Float, UInt, UInt8
@@ -20,13 +21,24 @@ from btc_jax.codecs.base import Codec, Coded, Setting, integer, positive, root_m
 Effort = Literal["fast", "exhaustive"]
 
 OCTAVE = 4
-"""Steps between a range and its double: the grid of ranges is one of quarter octaves."""
+"""Ranges between one and its double: the grid of ranges is one of quarter octaves."""
 TOP = 8 * OCTAVE - 1
 """The largest of the ranges that imply a width."""
 OFFSETS = 8
 """Places of the middle of a block's grid."""
 _SPACING = 5 / 64
 """Distance of neighbouring offsets, over the half-range: 0.1 dB better than 0.1, and exact in binary."""
+
+# What each of the 256 headers means: tables, so that every device decodes alike.
+_RANGE, _OFFSET = np.divmod(np.arange(256), OFFSETS)
+_ESCAPE = 8 + _OFFSET * (_OFFSET - 1) / 4
+_WIDTHS = np.where(_RANGE > 0, _RANGE // OCTAVE + 1, np.where(_OFFSET > 0, 8, 0)).astype(np.uint8)
+_HALVES = np.where(_WIDTHS > 0, 2.0 ** np.where(_RANGE > 0, _RANGE / OCTAVE, _ESCAPE), 0).astype(np.float32)
+"""Half-range, over the step of the leaf."""
+_MIDDLES = np.where(_RANGE > 0, (_OFFSET - (OFFSETS - 1) / 2) * _SPACING, 0).astype(np.float32)
+"""Middle, over the half-range."""
+_LEVELS = (2.0 ** np.arange(9)).astype(np.float32)
+
 _RATIO = 2.25
 """Smallest step over the root of the slope. For an even error it would be sqrt(6 / log(2)) = 2.9 for the middle of the
 four steps, so 2.3 for the smallest; between 2.0 and 2.5 it made no difference on real networks, beyond it did."""
@@ -94,9 +106,7 @@ class Multilevel(Codec):
             raise ValueError(f"effort is {self.effort!r}; it can be 'fast' or 'exhaustive'")
         if self.slope is not None:
             if self.width is not None:
-                raise ValueError(
-                    f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one"
-                )
+                raise ValueError(f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one")
             object.__setattr__(self, "slope", positive("slope", self.slope))
 
     @property
@@ -147,15 +157,13 @@ class Multilevel(Codec):
     def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         header = self._headers(blocks, setting)
         widths = self._widths(header)
-        half, middle, width = lax.optimization_barrier(self._grid(header, widths, setting))
-        codes = jax.vmap(_nearest)(blocks - setting["centre"], half, middle, width)
-        return Coded(widths, codes, {"header": header})
+        grid = lax.optimization_barrier(_grid(header, widths, setting["step"]))
+        return Coded(widths, jax.vmap(_nearest)(blocks - setting["centre"], *grid), {"header": header})
 
     def grid(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> tuple[Array, ...]:
         """Per block: what makes a code a level, and a level a weight."""
-        half, middle, width = self._grid(header["header"], widths, header)
-        levels = jnp.exp2(-width)
-        return 2 * levels, levels - 1, 0.75 * half, 0.25 * half, header["centre"] + middle
+        half, middle, n = _grid(header["header"], widths, header["step"])
+        return 2 / n, (1 - n) / n, 0.75 * half, 0.25 * half, header["centre"] + half * middle
 
     def decode(self, codes: UInt[Array, "blocks *shape"], grid: tuple[Array, ...]) -> Float[Array, "blocks *shape"]:
         return jax.vmap(_dequantize)(codes, *grid)
@@ -174,22 +182,18 @@ class Multilevel(Codec):
         unit, step = setting["unit"], setting["step"] / setting["unit"]
         first, last = _WINDOW[self.effort]
         tried = OFFSETS if self.effort == "exhaustive" else 2
-        regular = (last + 1 - first) * tried
+        regular, escapes = (last + 1 - first) * tried, OFFSETS - 1 if self.effort == "exhaustive" else 1
 
         def search(blocks: Array) -> Array:
             x = (blocks - setting["centre"]) / unit
-            low, high = x.min(1), x.max(1)
-            half, middle = (high - low) / 2, (high + low) / 2
-            reach = half + jnp.abs(middle)
-            holds = jnp.maximum(half, reach / (1 + (OFFSETS - 1) / 2 * _SPACING))
-            natural = jnp.ceil(OCTAVE * jnp.log2(jnp.maximum(holds, _TINY) / step))
+            natural, middle, escape = _suggested(x, step)
 
             def candidate(i: Array) -> Array:
-                r = jnp.clip(natural + jnp.float32(first) + (i // tried).astype(jnp.float32), 1, TOP)
-                near = middle / (step * jnp.exp2(r / OCTAVE)) / _SPACING + (OFFSETS - 1) / 2
-                offset = (jnp.floor(near) if tried < OFFSETS else 0.0) + (i % tried).astype(jnp.float32)
-                ranged = r * OFFSETS + jnp.clip(offset, 0, OFFSETS - 1)
-                return jnp.where(i < regular, ranged, _escape(reach / step)).astype(jnp.uint8)
+                r = jnp.clip(natural + (first + i // tried), 1, TOP) * OFFSETS
+                near = middle / (step * _take(_HALVES, r) * _SPACING) + (OFFSETS - 1) / 2
+                offset = (jnp.floor(near).astype(jnp.int32) if tried < OFFSETS else 0) + i % tried
+                beyond = escape if escapes == 1 else i - regular + 1
+                return jnp.where(i < regular, r + jnp.clip(offset, 0, OFFSETS - 1), beyond).astype(jnp.uint8)
 
             def body(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
                 header = candidate(i)
@@ -198,32 +202,44 @@ class Multilevel(Codec):
                 return jnp.where(better, cost, best[0]), jnp.where(better, header, best[1])
 
             nothing = jnp.square(x).sum(1), jnp.zeros(x.shape[:1], jnp.uint8)
-            return lax.fori_loop(0, regular + 1, body, nothing)[1]
+            return lax.fori_loop(0, regular + escapes, body, nothing)[1]
 
         return in_chunks(search, blocks)
 
     def _cost(self, x: Array, header: UInt8[Array, " blocks"], step: Array, slope: Array) -> Float[Array, " blocks"]:
         """Squared error plus slope times bits, in mean squares of the leaf."""
-        widths = self._widths(header)
-        half, middle, width = self._grid(header, widths, {"step": step})
-        n = jnp.exp2(width)[:, None]
-        y = (x - middle[:, None]) * (1 / half)[:, None]
+        half, middle, n = (a[:, None] for a in _grid(header, self._widths(header), step))
+        y = x * (1 / half) - middle
         q = jnp.clip(jnp.round((_inverse(y) * n + (n - 1)) / 2), 0, n - 1)
         error = y - _cubic((2 * q + (1 - n)) / n)
-        return jnp.square(half) * jnp.square(error).sum(1) + slope * (self.block_size * width)
+        bits = self.block_size * self._widths(header).astype(jnp.float32)
+        return jnp.square(half[:, 0]) * jnp.square(error).sum(1) + slope * bits
 
     def _widths(self, header: UInt8[Array, " blocks"]) -> UInt8[Array, " blocks"]:
-        if self.width is not None:
+        if isinstance(self.width, int):
             return jnp.full(header.shape, self.width, jnp.uint8)
-        r = header // OFFSETS
-        return jnp.where(r > 0, r // OCTAVE + 1, jnp.where(header > 0, 8, 0)).astype(jnp.uint8)
+        return _take(_WIDTHS, header)
 
-    def _grid(self, header: Array, widths: Array, setting: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-        """Half-range and middle of each block's grid, and its width, in float32."""
-        r, offset = (header // OFFSETS).astype(jnp.float32), (header % OFFSETS).astype(jnp.float32)
-        octaves = jnp.where(r > 0, r / OCTAVE, 8 + offset * (offset - 1) / OCTAVE)
-        half = jnp.where(header > 0, setting["step"] * jnp.exp2(octaves), 0)
-        return half, jnp.where(r > 0, half * (offset - (OFFSETS - 1) / 2) * _SPACING, 0), widths.astype(jnp.float32)
+
+def _take(table: np.ndarray, index: Array) -> Array:
+    return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+
+
+def _grid(header: UInt8[Array, " blocks"], widths: UInt8[Array, " blocks"], step: Array) -> tuple[Array, Array, Array]:
+    """Of each block the half-range, the middle over the half-range, and the number of levels, in float32."""
+    return step * _take(_HALVES, header), _take(_MIDDLES, header), _take(_LEVELS, widths)
+
+
+def _suggested(x: Float[Array, "blocks size"], step: Array) -> tuple[Array, Array, Array]:
+    """What the extremes of blocks suggest: the range that just holds each, its middle, and the header of its escape."""
+    low, high = x.min(1), x.max(1)
+    half, middle = (high - low) / 2, (high + low) / 2
+    reach = half + jnp.abs(middle)
+    holds = jnp.maximum(half, reach / (1 + (OFFSETS - 1) / 2 * _SPACING))
+    natural = jnp.ceil(OCTAVE * jnp.log2(jnp.maximum(holds, _TINY) / step))
+    beyond = jnp.maximum(jnp.log2(jnp.maximum(reach / step, 1)) - 8, 0)
+    escape = jnp.clip(jnp.ceil((1 + jnp.sqrt(1 + 16 * beyond)) / 2), 1, OFFSETS - 1)
+    return natural.astype(jnp.int32), middle, escape.astype(jnp.int32)
 
 
 def _centre(parts: Sequence[Float[Array, "_ _"]], unit: Array) -> Float[Array, ""]:
@@ -241,12 +257,6 @@ def _largest(block: Float[Array, "blocks size"]) -> Float[Array, " blocks"]:
     return jnp.maximum(block.max(1), -block.min(1))
 
 
-def _escape(reach: Float[Array, " blocks"]) -> Float[Array, " blocks"]:
-    """The escape `e` that just holds blocks of this reach, over the step of the leaf: 8 + e (e - 1) / 4 octaves."""
-    beyond = jnp.maximum(jnp.log2(jnp.maximum(reach, 1)) - 8, 0)
-    return jnp.clip(jnp.ceil((1 + jnp.sqrt(1 + 16 * beyond)) / 2), 1, OFFSETS - 1)
-
-
 def _cubic(u: Array) -> Array:
     return u * (0.75 + 0.25 * (u * u))
 
@@ -258,10 +268,9 @@ def _inverse(y: Array) -> Array:
     return (2 * u * (u * u) + 4 * y) / (3 * (u * u) + 3)
 
 
-def _nearest(block: Float[Array, " size"], half: Array, middle: Array, width: Array) -> UInt[Array, " size"]:
-    """The codes of the nearest levels; of two as near, the lower."""
-    n = jnp.exp2(width)
-    y = jnp.where(half > 0, divide(block - middle, jnp.where(half > 0, half, 1)), -2)
+def _nearest(block: Float[Array, " size"], half: Array, middle: Array, n: Array) -> UInt[Array, " size"]:
+    """The codes of the nearest of `n` levels; of two as near, the lower."""
+    y = jnp.where(half > 0, divide(block, jnp.where(half > 0, half, 1)) - middle, -2)
     below = jnp.clip(jnp.floor((_inverse(y) * n + (n - 1)) / 2), 0, n - 1)
     above = jnp.minimum(below + 1, n - 1)
     distances = [jnp.abs(y - _cubic((2 * q + (1 - n)) / n)) for q in (below, above)]
