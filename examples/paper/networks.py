@@ -19,7 +19,7 @@ Colour = tuple[float, float, float]
 SIZES = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# The mean and deviation that each network was trained with; for chenyaofo's, as the training logs of that repository have them.
+# The mean and deviation that each network was trained with: of chenyaofo's, as its training logs have them.
 COLOURS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
@@ -29,7 +29,7 @@ COLOURS = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model, the images it wants, and its published size: `parameters` and `multiply_adds` of convolutions and classifier."""
+    """A model, the images it wants, and its size as published: `parameters`, and `multiply_adds` of one image."""
 
     name: str
     title: str
@@ -112,8 +112,8 @@ CHENYAOFO = {
     "mobilenetv2_x0_5": ("MobileNetV2_x0.5", MobileNetV2(0.5), (0.70, 27.97), (0.82, 28.08)),
     "repvgg_a0": ("RepVGG-A0", RepVGG(), (7.84, 489.08), (7.96, 489.19)),
 }
-# Parameters: github.com/akamaster/pytorch_resnet_cifar10, README. It has no multiply-adds: ours here, the figures above less the
-# two 1x1 convolutions of 131,072 each, which option A does without.
+# Parameters: github.com/akamaster/pytorch_resnet_cifar10, README. It gives no multiply-adds: here are those of the
+# networks above, less the two 1x1 convolutions of 131,072 that option A does without.
 AKAMASTER = {20: (3, 0.27, 40.55), 32: (5, 0.46, 68.86), 44: (7, 0.66, 97.17), 56: (9, 0.85, 125.49)}
 # torchvision's `ResNet*_Weights.IMAGENET1K_V1.meta`: `num_params`, and `_ops` in thousand millions.
 TORCHVISION = {

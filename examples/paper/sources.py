@@ -82,7 +82,7 @@ SOURCES = {name: Source(address, _aliases(name)) for name, address in FILES.item
 
 
 def default_folders() -> list[Path]:
-    """Where weights are looked for: beside this checkout, in the cache, and where `torch.hub` puts what it downloads."""
+    """Where weights are looked for: beside this checkout, in the cache, and where `torch.hub` puts its downloads."""
     beside = Path(__file__).parents[2].parent / "shared" / "data"
     hub = Path(os.environ.get("TORCH_HOME") or CACHE.parent / "torch") / "hub" / "checkpoints"
     return [folder for folder in (beside, CACHE, hub) if folder.is_dir()]
@@ -111,7 +111,7 @@ def download(source: Source, folder: Path, progress: bool = True) -> Path:
 
 
 def check_sum(name: str, digest: str, remedy: str) -> None:
-    """Compares a SHA-256 with its first 8 digits in the file's name; akamaster's `.th` do not say what their digits are.
+    """Compares a SHA-256 with its first 8 digits in a file's name. The digits of akamaster's `.th` are not used.
 
     Raises:
         ValueError: they differ.
@@ -133,9 +133,8 @@ def _fetch(source: Source, folder: Path, progress: bool) -> bytes:
                     advance(source.file, len(chunk))
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise WeightsMissing(
-            f"{source.address} could not be downloaded ({reason}); put {source.file} into a folder for --weights or into {folder}"
-        ) from error
+        failed = f"{source.address} could not be downloaded ({reason})"
+        raise WeightsMissing(f"{failed}: put the file into a folder for --weights, or into {folder}") from error
     if len(content) < total:
         raise ValueError(f"{source.address}: {len(content):,} of {total:,} bytes came; run the same command again")
     return bytes(content)

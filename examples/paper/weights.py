@@ -21,7 +21,7 @@ from examples.paper.torch_names import torch_names
 PyTree = Any
 State = dict[str, np.ndarray]
 
-# From Flax's axes to PyTorch's, and back: convolutions (kh, kw, in, out) <-> (out, in, kh, kw), dense layers transposed.
+# By the number of axes: Flax's (kh, kw, in, out) or (in, out), and PyTorch's (out, in, kh, kw) or (out, in).
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
@@ -92,14 +92,15 @@ def _unpickled(path: Path) -> Any:
 
 
 def _state(content: Any, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The state dict, also out of a training checkpoint, without the prefix that `DataParallel` gives all names."""
+    """The arrays of a state dict, also of one inside of a training checkpoint."""
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
     if not isinstance(content, Mapping) or not all(hasattr(value, "numpy") for value in content.values()):
         raise ValueError(f"{path} holds no state dict but {type(content).__name__}; save `model.state_dict()`")
-    parallel = all(name.startswith("module.") for name in content)
     for name, value in content.items():
-        yield name.removeprefix("module.") if parallel else name, value.detach().numpy()
+        if str(value.dtype) == "torch.bfloat16":  # numpy has no such type
+            raise ValueError(f"{path}: {name} is bfloat16; save `model.float().state_dict()`")
+        yield name, value.detach().numpy()
 
 
 def convert(state: State, network: Network, where: str) -> PyTree:
@@ -108,7 +109,7 @@ def convert(state: State, network: Network, where: str) -> PyTree:
     Raises:
         ValueError: a name is missing or left over, a shape differs, or an array is not float32.
     """
-    state = {name: array for name, array in state.items() if not name.endswith(".num_batches_tracked")}
+    state = _plain(state)
     leaves, structure = jax.tree.flatten(network.shapes())
     names = torch_names(network.model, network.shapes())
     shapes = {
@@ -119,6 +120,13 @@ def convert(state: State, network: Network, where: str) -> PyTree:
     return structure.unflatten([jnp.asarray(state[name].transpose(FROM_TORCH[state[name].ndim])) for name in names])
 
 
+def _plain(state: State) -> State:
+    """Without the prefix that `DataParallel` gives all names, and the counters that only training reads."""
+    prefix = "module." if all(name.startswith("module.") for name in state) else ""
+    kept = {name.removeprefix(prefix): array for name, array in state.items()}
+    return {name: array for name, array in kept.items() if not name.endswith(".num_batches_tracked")}
+
+
 def _differences(state: State, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     missing, over = ([*(a.keys() - b.keys())] for a, b in ((shapes, state), (state, shapes)))
     if missing:
@@ -127,17 +135,19 @@ def _differences(state: State, shapes: dict[str, tuple[int, ...]]) -> Iterator[s
         yield f"{len(over)} arrays of the file have no place, such as {min(over)}"
     common = sorted(shapes.keys() & state.keys())
     wrong = [name for name in common if state[name].shape != shapes[name]]
-    if wrong and {name.rpartition(".")[0] for name in wrong} == {_last_layer(shapes)}:
-        yield f"it has {len(state[wrong[0]])} classes instead of {shapes[wrong[0]][0]}"
+    bias, weight = _last_layer(shapes)
+    if wrong == [bias, weight] and state[weight].shape == (*state[bias].shape, shapes[weight][1]):
+        yield f"it has {len(state[bias])} classes instead of {shapes[bias][0]}"
     elif wrong:
         yield f"{len(wrong)} shapes differ, such as {wrong[0]} {state[wrong[0]].shape} instead of {shapes[wrong[0]]}"
     if odd := [name for name in common if state[name].dtype != np.float32]:
         yield f"{len(odd)} arrays are not float32, such as {odd[0]} of {state[odd[0]].dtype}"
 
 
-def _last_layer(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The classifier: the one dense layer of all these networks."""
-    return next(name for name, shape in shapes.items() if len(shape) == 2).rpartition(".")[0]
+def _last_layer(shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
+    """Bias and weight of the classifier: the one dense layer of all these networks."""
+    weight = next(name for name, shape in shapes.items() if len(shape) == 2)
+    return weight.removesuffix("weight") + "bias", weight
 
 
 def _wanted(network: Network) -> str:

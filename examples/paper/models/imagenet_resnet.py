@@ -18,7 +18,7 @@ class ImageNetResNet(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kind = Bottleneck if self.bottleneck else BasicBlock
         x = ConvBN(64, 7, 2, activation=linen.relu, name="conv1")(x)
-        x = linen.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = linen.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for stage, blocks in enumerate(self.blocks):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1

@@ -18,7 +18,7 @@ def shuffled(x: jax.Array) -> jax.Array:
 
 
 class Unit(linen.Module):
-    """Half of the channels go through three convolutions, the others past them; a unit of stride 2 works on all twice."""
+    """Half of the channels go through three convolutions, the others past them; with stride 2, all go both ways."""
 
     features: int
     stride: int
