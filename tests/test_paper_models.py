@@ -129,13 +129,15 @@ def test_fused_repvgg_gives_the_same_logits(monkeypatch):
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
     model, fused = RepVGG(classes=7), RepVGG(classes=7, fused=True)
-    # Every batch norm gets other statistics, scales and biases than those that change nothing.
-    variables = jax.tree.map(
-        lambda leaf: leaf + jnp.asarray(rng.uniform(0, 0.2, leaf.shape), leaf.dtype) if leaf.ndim == 1 else leaf,
-        jax.jit(model.init)(jax.random.key(0), images),
-    )
+    shapes, fused_shapes = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, fused))
+
+    def random(leaf):
+        """No batch norm that changes nothing, and kernels that keep the size of what goes through them."""
+        kernel = rng.standard_normal(leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5
+        return jnp.asarray(kernel if len(leaf.shape) > 1 else rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+
+    variables = jax.tree.map(random, shapes)
     one_branch = repvgg.fuse(variables)
-    shapes = jax.eval_shape(fused.init, jax.random.key(0), images)
-    assert jax.tree.map(jnp.shape, one_branch) == jax.tree.map(jnp.shape, shapes)
+    assert jax.tree.map(jnp.shape, one_branch) == jax.tree.map(lambda leaf: leaf.shape, fused_shapes)
     before, after = jax.jit(model.apply)(variables, images), jax.jit(fused.apply)(one_branch, images)
     np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())

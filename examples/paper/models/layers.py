@@ -9,7 +9,9 @@ from flax import linen
 FULL = jax.lax.Precision.HIGHEST
 
 
-def convolution(features: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False, name: str = "conv"):
+def convolution(
+    features: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False, name: str = "conv"
+) -> linen.Conv:
     """A square convolution, padded by the same number on all sides; Flax's `SAME` pads strided ones on one side."""
     padding = ((size // 2, size // 2),) * 2
     return linen.Conv(

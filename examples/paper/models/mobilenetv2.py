@@ -1,7 +1,5 @@
 """MobileNetV2 (Sandler and others, 2018) for images of 32x32: the first two strides are 1 instead of 2."""
 
-from collections.abc import Iterator
-
 import jax
 from flax import linen
 
@@ -17,6 +15,11 @@ STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+BLOCKS = [
+    (expansion, channels, stride if block == 0 else 1)
+    for expansion, channels, blocks, stride in STAGES
+    for block in range(blocks)
+]
 
 
 def rounded(channels: float) -> int:
@@ -47,17 +50,10 @@ class MobileNetV2(linen.Module):
     width: float
     classes: int = 10
 
-    def blocks(self) -> Iterator[InvertedResidual]:
-        for expansion, channels, count, stride in STAGES:
-            for block in range(count):
-                yield InvertedResidual(
-                    rounded(channels * self.width), stride if block == 0 else 1, expansion, parent=None
-                )
-
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = ConvBN(rounded(32 * self.width), activation=linen.relu6, name="first")(x)
-        for index, block in enumerate(self.blocks(), start=1):
-            x = block.copy(parent=self, name=f"block{index}")(x)
+        for index, (expansion, channels, stride) in enumerate(BLOCKS, start=1):
+            x = InvertedResidual(rounded(channels * self.width), stride, expansion, name=f"block{index}")(x)
         x = ConvBN(rounded(1280 * max(1.0, self.width)), 1, activation=linen.relu6, name="last")(x)
         return classifier(self.classes)(global_average(x))
