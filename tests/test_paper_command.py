@@ -1,10 +1,13 @@
 """`python -m examples.paper` from end to end on a small table, its interrupts, its errors, its tables and figures."""
 
+import functools
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
@@ -14,15 +17,25 @@ pytest.importorskip("sklearn")
 import examples.paper.__main__ as command
 from btc_jax import Uniform
 from examples.paper import costs, experiments, methods, mlp, published, subjects
+from examples.paper.networks import NETWORKS
 from examples.paper.show import figures, report
+from examples.paper.store import Store
+from examples.paper.torch_names import torch_names
+from examples.paper.weights import TO_TORCH
 
 ROWS = "".join(f"{i},{i * i % 17},{'ab'[i % 3 == 0]}\n" for i in range(60))
 
 
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """No files on this machine count."""
+    monkeypatch.setattr(subjects, "default_folders", list)
+    monkeypatch.setattr(subjects, "load_weights", functools.partial(subjects.load_weights, cache=tmp_path / "cache"))
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """No files on this machine count, and sweeps and trainings are short. A CSV file is at hand."""
-    monkeypatch.setattr(subjects, "default_folders", list)
+    """Sweeps and trainings are short, and a CSV file is at hand."""
     monkeypatch.setattr(subjects, "BUNDLED", {})
     monkeypatch.setattr(experiments, "THRESHOLDS", (0.03, 0.1))
     monkeypatch.setattr(experiments, "SMALL_BLOCKS", (2, 64))
@@ -40,8 +53,6 @@ def run(options: list[str]):
 
 
 def test_the_whole_command_and_going_on_after_an_interrupt(small, tmp_path, monkeypatch):
-    real = methods.METHODS["uniform8"]
-
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -62,7 +73,6 @@ def test_the_whole_command_and_going_on_after_an_interrupt(small, tmp_path, monk
     assert "8 rows computed, 2 kept from before" in finished.output
     assert calls == ["uniform8", "percentile8", "float32", "uniform8"]  # the last two for the configurations
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert real is not None
 
     again = run(small)
     assert "0 rows computed, 10 kept from before" in again.output
@@ -104,7 +114,6 @@ def assert_drawn(path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(options, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(subjects, "default_folders", list)
     monkeypatch.chdir(tmp_path)
     result = run(["--output", str(tmp_path / "out"), *options])
     assert result.exit_code == 2
@@ -112,8 +121,7 @@ def test_errors_are_one_line(options, message, tmp_path, monkeypatch):
     assert "Traceback" not in result.output
 
 
-def test_a_damaged_weights_file_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(subjects, "default_folders", list)
+def test_a_damaged_weights_file_is_named(tmp_path):
     (tmp_path / "cifar10_chenyaofo_resnet20.safetensors").write_bytes(b"12345")
     result = run(["--output", str(tmp_path / "out"), "--weights", str(tmp_path)])
     assert result.exit_code == 2
@@ -201,3 +209,29 @@ def test_figures_of_nothing_but_the_paper(tmp_path):
     results = {"rows": [], "missing": [], "networks": {}}
     assert figures.draw_all(tmp_path, results) == ["figure4_cifar10", "figure5_cifar100"]
     assert np.isfinite((tmp_path / "figure5_cifar100.png").stat().st_size)
+
+
+def test_weights_and_images_in_a_folder_make_a_subject(tmp_path, monkeypatch):
+    """A ResNet-20 with random weights in PyTorch's names, and four images."""
+    monkeypatch.setattr(subjects, "BUNDLED", {"Wine": subjects.BUNDLED["Wine"]})
+    network, random = NETWORKS["cifar10_resnet20"], np.random.default_rng(0)
+    leaves, names = jax.tree.leaves(network.shapes()), torch_names(network.model, network.shapes())
+    state = {
+        name: random.uniform(0.01, 0.1, [leaf.shape[axis] for axis in TO_TORCH[leaf.ndim]]).astype(np.float32)
+        for name, leaf in zip(names, leaves, strict=True)
+    }
+    save_file(state, tmp_path / "cifar10_chenyaofo_resnet20.safetensors")
+    images, labels = random.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8), np.arange(4)
+    np.savez(tmp_path / "cifar10_test_932.npz", images=images, labels=labels)
+
+    found, missing = subjects.subjects(subjects.Options(tmp_path, weights=(tmp_path,)), Store(tmp_path / "rows"))
+    assert [subject.what["name"] for subject in found] == ["cifar10_resnet20", "mlp_Wine"]
+    assert not any(line["what"].startswith("ResNet20 (cifar10)") for line in missing)
+    exam = found[0].exam()
+    answers = exam.figures(exam.params)
+    assert (answers["known"], answers["agreement"]) == ("first 4 CIFAR-10 test images", 1.0)
+    before = exam.digests()
+    np.savez(tmp_path / "cifar10_test_932.npz", images=255 - images, labels=labels)
+    (again, _), _ = subjects.subjects(subjects.Options(tmp_path, weights=(tmp_path,)), Store(tmp_path / "rows"))
+    after = again.exam().digests()
+    assert {name for name in before if before[name] != after[name]} == {"known", "compared"}

@@ -48,7 +48,7 @@ def run(options: Options) -> None:
         results, store = evaluate(options, show)
     figures = draw_all(options.output, results)
     paths = write_all(options.output, results, figures)
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
     print_all(console, results)
     seconds = time.perf_counter() - start
     kept = f"{len(store.computed)} rows computed, {len(store.reused)} kept from before"

@@ -27,11 +27,11 @@ def policy(codec: Codec | None = None) -> Policy:
     return Policy(codec or Uniform(), names=("kernel",), min_size=0)
 
 
-def quantized(params: PyTree, codec: Codec, note: str = "") -> Quantized:
-    """A tree packed with any codec, layer by layer."""
+def quantized(params: PyTree, codec: Codec, **options: Any) -> Quantized:
+    """A tree packed with any codec, layer by layer; `options` go to `btc_quantize`."""
     chosen = policy(codec)
-    tree = btc_jax.btc_quantize(params, policy=chosen)
-    return Quantized(tree, btc_jax.btc_metrics(params, tree, policy=chosen), note)
+    tree = btc_jax.btc_quantize(params, policy=chosen, **options)
+    return Quantized(tree, btc_jax.btc_metrics(params, tree, policy=chosen))
 
 
 def swept(exam: Exam, codec: Uniform, note: str = "") -> Quantized:
@@ -51,10 +51,10 @@ def searched(params: PyTree, exam: Exam) -> Quantized:
     result = btc_jax.btc_search(merged.tree, evaluate, policy=merged_policy(Uniform()), progress=False, **limits)
     if result.best is None:
         broke = result.trials[0].broke if result.trials else result.message
-        return swept(exam, Uniform(BLOCK_SIZES[0]), f"block {BLOCK_SIZES[0]}, none holds: {broke}")
+        return swept(exam, Uniform(BLOCK_SIZES[0]), f"{BLOCK_SIZES[0]}, and none holds: {broke}")
     stopped = result.trials[-1].broke
     rest = f"{result.trials[-1].codec.block_size}: {stopped}" if stopped else "all hold"
-    return swept(exam, Uniform(result.best.codec.block_size), f"block {result.best.codec.block_size}; {rest}")
+    return swept(exam, Uniform(result.best.codec.block_size), f"{result.best.codec.block_size}; {rest}")
 
 
 def baseline(kind: Baseline) -> Callable[[PyTree, Exam], Quantized]:

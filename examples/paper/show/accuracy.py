@@ -9,9 +9,21 @@ from examples.paper.show.tables import Shown, figure, percent, span
 Row = dict[str, Any]
 Results = dict[str, Any]
 PAPER_COLUMN = {"float32": "fp32", "BTC": "btc", "uniform8": "uniform", "percentile8": "percentile"}
-COLUMNS = ("model", "method", "accuracy %", "± s.e.", "paper %", "agree %", "KL", "rmse", "paper rmse", "payload")
-COLUMNS += ("over layers", "paper bits", "effective", "note")
-"""Bits per weight. `payload` is over weights, `over layers` the mean of layers, `effective` everything stored."""
+COLUMNS = (
+    "model",
+    "method",
+    "acc. %",
+    "± s.e.",
+    "paper %",
+    "agree %",
+    "KL",
+    "rmse",
+    "paper rmse",
+    "payload",
+    "by layer",
+)
+COLUMNS += ("paper bits", "stored", "block size, why")
+"""Bits per weight: `payload` is over weights, `by layer` the mean of layers, `stored` is everything."""
 
 
 def accuracy_table(number: int, results: Results) -> Shown:
@@ -71,14 +83,14 @@ def _not_run(paper: Row) -> list[list[str]]:
     for method, column in PAPER_COLUMN.items():
         if column in paper:
             bits, error = paper.get(f"{column}_bits"), paper.get("rmse") if method == "BTC" else None
-            cells = {"model": paper["model"], "method": method, "note": "not run, see below"}
+            cells = {"model": paper["model"], "method": method, "block size, why": "not run, see below"}
             cells |= {"paper %": figure(paper[column], ".2f"), "paper bits": figure(bits, ".2f")}
             lines.append([(cells | {"paper rmse": figure(error, ".5f")}).get(name, "") for name in COLUMNS])
     return lines
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
-    yield "Bits per weight: payload over weights and averaged over layers; effective is everything stored."
+    yield "Bits per weight: payload over weights and averaged over layers; stored is all, with header and padding."
     if any(row.get("known") for row in rows):
         yield f"Accuracy on: {', '.join(sorted({row['known'] for row in rows if row.get('known')}))}."
         yield f"Agreement and KL on: {', '.join(sorted({row['compared'] for row in rows if row.get('compared')}))}."

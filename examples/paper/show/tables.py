@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 Row = dict[str, Any]
-_TEXTS = ("model", "method", "note", "layers", "average over", "blocks", "class", "calibration")
+_TEXTS = ("model", "method", "block size, why", "layers", "average over", "blocks", "class", "calibration")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Shown:
         table.box, table.padding, table.show_edge = box.SIMPLE, (0, 1, 0, 0), False
         for column in self.columns:
             side = "left" if column in _TEXTS else "right"
-            table.add_column(column, justify=side, overflow="fold", no_wrap=column in ("model", "note"))
+            table.add_column(
+                column, justify=side, overflow="fold", no_wrap=column in ("model", "method", "block size, why")
+            )
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
