@@ -39,6 +39,8 @@ class Target(NamedTuple):
 
     kind: Literal["bits", "size", "rmse", "sqnr_db"]
     value: float
+    named: bool = True
+    """Somebody asked for it. If not, the nearest that can be reached will do."""
 
 
 class Item(NamedTuple):
@@ -96,7 +98,7 @@ def target_of(
 
     Example:
         >>> target_of(size="25MB")
-        Target(kind='size', value=25000000.0)
+        Target(kind='size', value=25000000.0, named=True)
     """
     given = {"bits": bits, "size": size, "rmse": rmse, "sqnr_db": sqnr_db}
     given = {kind: value for kind, value in given.items() if value is not None}
@@ -113,7 +115,7 @@ def target_of(
 
 def usual_target(codecs: Sequence[Codec]) -> Target:
     """The target of leaves with these adaptive codecs where none is given."""
-    return Target("bits", max(codec.usual_bits for codec in codecs))
+    return Target("bits", max(codec.usual_bits for codec in codecs), named=False)
 
 
 def nbytes_of(size: Any) -> float:
@@ -156,7 +158,8 @@ def allocate(
             "Multilevel(), or Uniform(threshold='auto')"
         )
     equal = _Problem(leaves, target, [0.0] * len(leaves), math.inf, nbytes_beside)
-    equal.refuse_unreachable()
+    if target.named:
+        equal.refuse_unreachable()
     limit = equal.solve(whole=False) + _STARVED
     problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
     octave = problem.solve(whole=True, near=problem.solve(whole=False))
@@ -293,7 +296,7 @@ class _Problem:
 
     def refuse_unreachable(self) -> None:
         """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
-        kind, wanted = self.target
+        kind, wanted, _ = self.target
         best, least = (self.value(octave, whole=False) for octave in (self.lowest, self.highest))
         low, high = min(best, least), max(best, least)
         if kind in ("bits", "size"):
