@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
+from btc_jax.report import codec_cell
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
 _IN_SHELL = (
@@ -52,13 +53,23 @@ class OneLineErrors(TyperGroup):
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar with throughput on a terminal; yields what is to be called after each leaf."""
+def progress(title: str, total: int | None, before: str = "") -> Iterator[Callable[[str, int], None]]:
+    """A bar with throughput on a terminal; yields what is to be called after each leaf.
+
+    Args:
+        total: bytes of all leaves; `None` if nothing is known but that it takes a while, 0 if it does not.
+        before: what is done before the first leaf.
+    """
     console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda _, size: bar.advance(task, size)
+    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    silent = not console.is_terminal or total == 0
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task(before or title, total=None if before else total)
+
+        def on_leaf(_: str, size: int) -> None:
+            bar.update(task, description=title, total=total, advance=size)
+
+        yield on_leaf
 
 
 def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> None:
@@ -79,7 +90,7 @@ def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> Non
 def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
-    stored = f"{codec.get('id')} {codec.get('block_size')}" if isinstance(codec, dict) else leaf["kind"]
+    stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]
     row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
     row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
     if isinstance(error, dict):

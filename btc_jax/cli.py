@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,20 +9,16 @@ import typer
 
 from btc_jax import __version__
 from btc_jax._console import OneLineErrors, diff_row, inspect_row, plain, progress, show
+from btc_jax._options import How, shard_bytes, takes_how
 from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
 from btc_jax.checkpoint import verify as verify_checkpoint
 from btc_jax.checkpoint.write import SUFFIX, index_of
-from btc_jax.codecs import Uniform
 from btc_jax.compare import compare, dense_nbytes, open_side
-from btc_jax.policy import Policy, Rule
 from btc_jax.report import comparison_table, plan_table
-from btc_jax.sources import open_source
-from btc_jax.stream import compress_file, file_policy, plan_file, restore_file
+from btc_jax.stream import compress_file, plan_file, restore_file
 
 _EXIT = "Exit codes: {}, 2 wrong usage, file or pattern, 130 interrupted."
 _DONE = _EXIT.format("0 done")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -45,21 +40,6 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="A compressed checkpo
 Target = Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout instead of text.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace TARGET if it exists.")]
-BlockSize = Annotated[int, typer.Option(min=2, max=2**20, help="Weights per block.")]
-LowBits = Annotated[int, typer.Option(help="Bits per weight of a smooth block, 1 to 7.")]
-HighBits = Annotated[int, typer.Option(help="Bits per weight of any other block, up to 8.")]
-Threshold = Annotated[float, typer.Option(help="Standard deviation from which a block is not smooth; 'inf' for never.")]
-HeaderDtype = Annotated[str, typer.Option(metavar="float16|float32", help="What the extremes of blocks are stored in.")]
-MinSize = Annotated[int, typer.Option(help="Fewest weights of a leaf that is taken without a rule.")]
-Rules = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rule",
-        metavar="PATTERN=dense|BLOCKSIZE",
-        help="Leave leaves dense, or give them another block size. PATTERN is a glob over the whole path, or a regular "
-        "expression after 're:'. May be repeated; the first that matches a leaf decides.",
-    ),
-]
 
 
 def _version(asked: bool) -> bool:
@@ -77,7 +57,7 @@ def _main(
 
     \b
     btc plan model.safetensors                          what would be done
-    btc quantize model.safetensors small.safetensors    do it
+    btc quantize model.safetensors small.safetensors    do it, perhaps --bits 4.5
     btc inspect small.safetensors                       what is in it
     btc verify small.safetensors                        is it whole?
     btc diff model.safetensors small.safetensors        what it cost in accuracy
@@ -86,43 +66,37 @@ def _main(
 
 
 @app.command(epilog=_DONE)
+@takes_how
 def plan(
     source: Source,
-    block_size: BlockSize = 64,
-    low_bits: LowBits = 4,
-    high_bits: HighBits = 8,
-    threshold: Threshold = 0.05,
-    header_dtype: HeaderDtype = "float16",
-    rule: Rules = None,
-    min_size: MinSize = Policy.min_size,
+    how: How,
+    measure: Annotated[bool, typer.Option("--measure", help="Read the values: exact sizes, not a range.")] = False,
     as_json: AsJson = False,
 ):
     """What would be done to each leaf, and how large the result is.
 
-    Leaves that stay dense have a reason. No values are read.
+    Leaves that stay dense have a reason. No values are read, except to measure.
 
     \b
     btc plan model.safetensors
+    btc plan model.safetensors --bits 4.5 --measure
     btc plan model.safetensors --block-size 32 --rule '*embed*=dense'
     """
-    codec = Uniform(block_size, low_bits, high_bits, threshold, header_dtype)
-    policy, _ = _policy_and_bytes(source, codec, rule, min_size)
-    found = plan_file(source, policy=policy)
+    policy, _ = how.policy_and_bytes(source)
+    with progress("measuring", None if measure else 0):
+        found = plan_file(source, policy=policy, measure=measure, **how.targets)
     rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
-    show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name))
+    vague = policy.codec.adaptive and not measure
+    hint = ["The target lies between; --measure reads the values, and tells exactly."] if vague else []
+    show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name), *hint)
 
 
 @app.command(epilog=_DONE)
+@takes_how
 def quantize(
     source: Source,
     target: Target,
-    block_size: BlockSize = 64,
-    low_bits: LowBits = 4,
-    high_bits: HighBits = 8,
-    threshold: Threshold = 0.05,
-    header_dtype: HeaderDtype = "float16",
-    rule: Rules = None,
-    min_size: MinSize = Policy.min_size,
+    how: How,
     max_shard_bytes: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Split TARGET into files of at most 500MB, 2GiB, 1000000, ...")
     ] = None,
@@ -132,25 +106,26 @@ def quantize(
     """Compresses a checkpoint leaf by leaf. If it is stopped, the same command goes on where it was.
 
     \b
-    btc quantize model.safetensors small.safetensors
+    btc quantize model.safetensors small.safetensors --bits 4.5
+    btc quantize model.safetensors small.safetensors --size 25MB
     btc quantize hf_folder/ small.safetensors --max-shard-bytes 2GB
     btc quantize model.npz small.btc --rule '*/head/*=dense' --rule '*attn*=32'
     """
-    codec = Uniform(block_size, low_bits, high_bits, threshold, header_dtype)
-    shard = _bytes(max_shard_bytes) if max_shard_bytes else None
+    shard = None if max_shard_bytes is None else shard_bytes(max_shard_bytes)
     _check_target(source, target, force)
     if shard and target.suffix != SUFFIX:
         raise ValueError(f"{target} must end in {SUFFIX} to be split into several files; rename it")
-    policy, total = _policy_and_bytes(source, codec, rule, min_size)
-    with progress("quantizing", total) as on_leaf:
-        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf)
+    policy, total = how.policy_and_bytes(source)
+    with progress("quantizing", total, "sharing out bits" if policy.codec.adaptive else "") as on_leaf:
+        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **how.targets)
     ratio = done.bytes_before / max(done.bytes_after, 1)
-    resumed = f", {done.resumed} of them by an earlier run" if done.resumed else ""
+    resumed = f" ({done.resumed} by an earlier run)" if done.resumed else ""
     show(
         as_json,
         {"target": str(target), **dataclasses.asdict(done)},
-        f"{target}: {done.bytes_before:,} to {done.bytes_after:,} bytes, {ratio:.2f} times smaller; "
-        f"{done.packed} of {done.leaves} leaves packed{resumed}, {done.seconds:.1f} s",
+        f"{target}: {done.bytes_before:,} to {done.bytes_after:,} bytes, {ratio:.2f} times smaller; {done.packed} of "
+        f"{done.leaves} leaves packed{resumed} at {done.effective_bits:.3f} bits, {done.sqnr_db:.2f} dB, "
+        f"{done.seconds:.1f} s",
     )
 
 
@@ -234,29 +209,6 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
     with progress("restoring", total) as on_leaf:
         size = restore_file(file, target, on_leaf=on_leaf)
     show(as_json, {"target": str(target), "bytes": size}, f"{target}: {size:,} bytes")
-
-
-def _policy_and_bytes(source: Path, codec: Uniform, rules: list[str] | None, min_size: int) -> tuple[Policy, int]:
-    """The default policy for the source with the user's rules, and the bytes of its leaves."""
-    own = tuple(_rule(text, codec) for text in rules or ())
-    with open_source(source) as opened:
-        policy = file_policy(codec, torch_layout=opened.torch_layout)
-        total = sum(dense_nbytes(leaf.shape, leaf.dtype.name) for leaf in opened.leaves)
-    return dataclasses.replace(policy, rules=own, min_size=min_size), total
-
-
-def _rule(text: str, codec: Uniform) -> Rule:
-    pattern, _, how = text.rpartition("=")
-    if not pattern or not (how == "dense" or (how.isdecimal() and len(how) < 7)):
-        raise ValueError(f"--rule {text!r} is not PATTERN=dense or PATTERN=BLOCKSIZE, such as '*/head/*=dense'")
-    return Rule(pattern, None if how == "dense" else dataclasses.replace(codec, block_size=int(how)))
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,15}\.?\d{0,6}) ?([A-Za-z]*)", text, re.ASCII)
-    if not match or not (size := int(float(match[1]) * _UNITS.get(match[2].upper(), 0))):
-        raise ValueError(f"--max-shard-bytes {text!r} is no size of 1 byte or more, such as 500MB, 2GiB or 1000000")
-    return size
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:

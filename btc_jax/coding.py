@@ -84,6 +84,13 @@ def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) ->
 
 
 @jax.jit
+def mean_squares(parts: list[Float[Array, "_ _"]]) -> list[Float[Array, " _"]]:
+    """Of the weights of each block, over that of all of them."""
+    signal = jnp.maximum(root_mean_square(parts), jnp.finfo(jnp.float32).tiny)
+    return [jnp.square(part / signal).mean(1) for part in parts]
+
+
+@jax.jit
 def square_sums(leaf: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
     """Sums of the squares of `leaf / scale` over the last axis."""
     return jnp.square(leaf.astype(jnp.float32) / jnp.asarray(scale, jnp.float32)).sum(-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -107,6 +108,11 @@ def btc_plan(
             if how.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
                 raise TypeError(f"{how.path} is a ShapeDtypeStruct, without values to measure; leave out measure=True")
         choices = choose(leaves, decisions, target, policy.balance)
+    return plan_of(leaves, decisions, choices)
+
+
+def plan_of(leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Choice | None]) -> Plan:
+    """The plan of leaves of which it is known what the policy says, and how they are packed: exactly, or `None`."""
     return Plan(tuple(_row(*row) for row in zip(leaves, decisions, choices, strict=True)))
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from btc_jax.metrics import Measures, TreeMetrics
 from btc_jax.plan import Plan
-from btc_jax.search import SearchResult
+from btc_jax.search import SearchResult, Trial
 
 _MEASURES = ("wide", "payload", "header", "effective", "rmse", "rel. rmse", "SQNR dB", "largest")
 _TEXTS = ("leaf", "shape", "dtype", "reason", "codec", "name", "verdict")
@@ -33,7 +33,7 @@ def plan_table(plan: Plan, title: str = "Plan") -> Table:
     """A row a leaf: what would be taken, why not the others, and the bytes after."""
     table = _table(title, ("leaf", "shape", "dtype", "reason", "codec", "bytes", "after"))
     for row in plan.rows:
-        codec = "dense" if row.codec is None else f"{row.codec.id} {row.codec.block_size}"
+        codec = "dense" if row.codec is None else codec_cell(row.codec.to_json(), row.order)
         size = (f"{row.bytes_before:,}", _range(row.bytes_min, row.bytes_max))
         _add(table, (row.path, _shape(row.shape), row.dtype, row.reason, codec, *size), None if row.codec else "dim")
     table.add_section()
@@ -42,19 +42,39 @@ def plan_table(plan: Plan, title: str = "Plan") -> Table:
 
 
 def search_table(result: SearchResult, title: str = "Search (bits per weight)") -> Table:
-    """A row a trial; the message is the caption."""
-    table = _table(title, ("block", "accuracy", "drop", "rmse", "effective", "packed", "seconds", "verdict"))
-    for trial in result.trials:
-        total = trial.metrics.total
-        accuracy = "" if trial.accuracy is None else f"{trial.accuracy:.2%}"
-        drop = "" if trial.drop is None else f"{trial.drop:.2f}"
-        bits = (f"{total.rmse:.5f}", f"{total.effective_bits:.3f}", f"{trial.metrics.bytes_after:,}")
-        best = trial is result.best
-        verdict = trial.broke or ("best" if best else "holds")
-        cells = (str(trial.codec.block_size), accuracy, drop, *bits, f"{trial.seconds:.2f}", verdict)
-        _add(table, cells, "bold" if best else None)
+    """A row a trial; the message is the caption. Budgets of bits, and divergences, have columns where there are any."""
+    rows = [_trial(trial, trial is result.best) for trial in result.trials]
+    names = ("block", "budget", "accuracy", "drop", "KL", "rmse", "effective", "packed", "seconds", "verdict")
+    names = [name for name in names if name not in ("budget", "KL") or any(row[name] for row in rows)]
+    table = _table(title, names)
+    for row, trial in zip(rows, result.trials, strict=True):
+        _add(table, [row[name] for name in names], "bold" if trial is result.best else None)
     table.caption = Text(result.message)
     return table
+
+
+def _trial(trial: Trial, best: bool) -> dict[str, str]:
+    total = trial.metrics.total
+    return {
+        "block": str(trial.codec.block_size),
+        "budget": "" if trial.bits is None else f"{trial.bits:.3f}",
+        "accuracy": "" if trial.accuracy is None else f"{trial.accuracy:.2%}",
+        "drop": "" if trial.drop is None else f"{trial.drop:.2f}",
+        "KL": "" if trial.kl is None else f"{trial.kl:.5f}",
+        "rmse": f"{total.rmse:.5f}",
+        "effective": f"{total.effective_bits:.3f}",
+        "packed": f"{trial.metrics.bytes_after:,}",
+        "seconds": f"{trial.seconds:.2f}",
+        "verdict": trial.broke or ("best" if best else "holds"),
+    }
+
+
+def codec_cell(codec: Mapping[str, Any], order: str) -> str:
+    """A codec as JSON values, and an order, in few words: `multilevel 32, 4 bits, taps`."""
+    words = [f"{codec.get('id')} {codec.get('block_size')}"]
+    if (width := codec.get("width")) is not None:
+        words.append("one width" if width == "leaf" else f"{width} bits")
+    return ", ".join([*words, "taps"] if order.endswith("-taps") else words)
 
 
 def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax import coding
 from btc_jax._typing import Array, Order
-from btc_jax.allocate import DEFAULT_BITS, Item, Target, allocate
+from btc_jax.allocate import Item, allocate, usual_target
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec
 
@@ -167,7 +167,7 @@ def quantize_leaf(
     array = _gathered(jnp.asarray(leaf))
     if codec.adaptive and slope is None:
         item = Item(path, lambda: array, array.shape, codec, order)
-        (choice,), _ = allocate([item], Target("bits", DEFAULT_BITS), balance=0)
+        (choice,), _ = allocate([item], usual_target([codec]), balance=0)
         codec, slope = choice.codec, choice.slope
     planes, header = coding.pack(array, codec, order, path, slope or 0.0)
     return BTCTensor(planes, header, array.shape, dtype, codec.stored, order)

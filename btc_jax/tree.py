@@ -15,7 +15,7 @@ from btc_jax import coding
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
-from btc_jax.allocate import DEFAULT_BITS, Choice, Item, Target, allocate, target_of
+from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
 from btc_jax.codecs import Codec, Multilevel, Uniform
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule
 from btc_jax.tensor import is_packed, quantize_leaf
@@ -191,7 +191,7 @@ def choose(
     taken = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is not None]
     adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
     if target is None and adaptive:
-        target, shared = Target("bits", DEFAULT_BITS), adaptive
+        target, shared = usual_target([how.codec for _, how in adaptive if how.codec]), adaptive
     else:
         shared = taken if target else []
     beside = sum(leaf_nbytes(leaf) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is None)

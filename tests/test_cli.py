@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import btc_jax
-from btc_jax import _console, cli
+from btc_jax import _console, _options, cli
 from btc_jax.compare import compare, open_side
 
 RNG = np.random.default_rng(0)
@@ -135,12 +136,93 @@ class TestQuantize:
         ("text", "size"), [("12", 12), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), ("7b", 7)]
     )
     def test_sizes(self, text, size):
-        assert cli._bytes(text) == size
+        assert _options.shard_bytes(text) == size
 
     @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
     def test_what_is_no_size(self, text):
-        with pytest.raises(ValueError, match="500MB"):
-            cli._bytes(text)
+        with pytest.raises(ValueError, match=r"--max-shard-bytes is .*500MB"):
+            _options.shard_bytes(text)
+
+
+class TestTargets:
+    def made(self, source, target, *options):
+        """What `quantize` said, after every other command has read the result."""
+        done = as_json("quantize", source, target, "--min-size", 1000, "--force", *options)
+        assert as_json("verify", target)["ok"]
+        found = as_json("inspect", target)
+        packed = [leaf for leaf in found["leaves"] if leaf["kind"] == "packed"]
+        bits = 8 * sum(leaf["bytes"] for leaf in packed) / sum(leaf["weights"] for leaf in packed)
+        assert done["effective_bits"] == pytest.approx(bits)
+        total = as_json("diff", source, target, code=1)["total"]
+        assert [done["rmse"], done["sqnr_db"]] == pytest.approx([total["rmse"], total["sqnr_db"]], rel=1e-4)
+        assert as_json("restore", target, target.with_suffix(".plain"), "-f")["bytes"] > done["bytes_before"]
+        return done, packed
+
+    def test_bits(self, source, tmp_path):
+        done, packed = self.made(source, tmp_path / "x.btc", "--bits", 4.5)
+        assert 4.4 < done["effective_bits"] <= 4.5
+        assert done["packed"] == 2
+        assert {leaf["codec"]["id"] for leaf in packed} == {"multilevel"}
+
+    def test_size_is_that_of_the_file(self, source, tmp_path):
+        self.made(source, tmp_path / "x.btc", "--size", "10KB")
+        assert 9_500 < (tmp_path / "x.btc").stat().st_size <= 10_000
+
+    def test_errors(self, tmp_path):
+        source = tmp_path / "m.safetensors"
+        save_file({"head.weight": weights(64, 64), "conv.weight": weights(16, 8, 3, 3)}, source)
+        done, _ = self.made(source, tmp_path / "x.btc", "--sqnr", 27)
+        assert 27 <= done["sqnr_db"] < 27.3
+        done, _ = self.made(source, tmp_path / "x.btc", "--rmse", 0.001)
+        assert 0.00095 < done["rmse"] <= 0.001
+
+    def test_options_of_the_codec(self, source, tmp_path):
+        target = tmp_path / "x.btc"
+        _, packed = self.made(source, target, "--codec", "multilevel", "--width", 4, "--block-size", 64)
+        assert [(leaf["codec"]["width"], leaf["codec"]["block_size"]) for leaf in packed] == [(4, 64)] * 2
+        only_head = ("--bits", 4.5, "--min-size", 4096)
+        _, packed = self.made(source, target, "--width", "leaf", *only_head)
+        assert [leaf["codec"]["width"] for leaf in packed] == [4]
+        fast, _ = self.made(source, target, *only_head)
+        slow, _ = self.made(source, target, *only_head, "--effort", "exhaustive")
+        assert slow["sqnr_db"] > fast["sqnr_db"]
+
+    def test_the_codec_alone_comes_to_four_and_a_half_bits(self, source, tmp_path):
+        done, _ = self.made(source, tmp_path / "x.btc", "--codec", "multilevel")
+        assert 4.4 < done["effective_bits"] <= 4.5
+
+    def test_a_threshold_that_suits_the_target(self, source, tmp_path):
+        options = ("--codec", "uniform", "--threshold", "auto", "--bits", 6.5, "--block-size", 32)
+        done, packed = self.made(source, tmp_path / "x.btc", *options)
+        assert 6 < done["effective_bits"] <= 6.5
+        assert {leaf["codec"]["threshold"] for leaf in packed} == {"auto"}
+
+    def test_rules_and_balance_share_the_bits_out(self, source, tmp_path):
+        def bits_of_head(*options):
+            _, packed = self.made(source, tmp_path / "x.btc", "--bits", 4.5, *options)
+            return {leaf["path"]: leaf["effective_bits"] for leaf in packed}["head.weight"]
+
+        usual = bits_of_head()
+        assert bits_of_head("--rule", "head*=weight:16") > usual + 0.05
+        assert bits_of_head("--balance", 2) == pytest.approx(usual, abs=0.2)
+
+    def test_a_measured_plan_is_exact(self, source, tmp_path):
+        options = ("--min-size", 1000, "--bits", 4.5)
+        vague, exact = as_json("plan", source, *options), as_json("plan", source, *options, "--measure")
+        done = as_json("quantize", source, tmp_path / "x.btc", *options)
+        stored = as_json("inspect", tmp_path / "x.btc")
+        assert vague["bytes_min"] < exact["bytes_min"] == exact["bytes_max"] == stored["bytes"] < vague["bytes_max"]
+        assert done["effective_bits"] <= 4.5
+        assert {leaf["path"]: leaf["order"] for leaf in exact["leaves"] if leaf["codec"]} == {
+            leaf["path"]: leaf["order"] for leaf in stored["leaves"] if leaf["codec"]
+        }
+        assert "--measure" in btc("plan", source, *options)[1].splitlines()[-1]
+        assert "--measure" not in btc("plan", source, *options, "--measure")[1]
+
+    def test_says_what_came_of_it(self, source, tmp_path):
+        code, out, err = btc("quantize", source, tmp_path / "x.btc", "--bits", 4)
+        assert (code, err, out.count("\n")) == (0, "", 1)
+        assert re.search(r"1 of 4 leaves packed at (3\.9\d\d|4\.000) bits, \d\d\.\d\d dB, ", out)
 
 
 class TestInspect:
@@ -280,6 +362,34 @@ def wrong_options():
     yield "0 or more", ("--threshold", "nan")
     yield "'float16' or 'float32'", ("--header-dtype", "f16")
     yield "--block-size", ("--blok-size", "3")
+    yield "--threshold 'x' is no number, 'inf' or 'auto'", ("--threshold", "x")
+    yield "bits=4.0 and size='9KB' are given", ("--bits", "4", "--size", "9KB")
+    yield "bits is nan", ("--bits", "nan")
+    yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
+    yield "btc plan --help", ("--bits", "x")
+    yield "size is '9QB'", ("--size", "9QB")
+    yield "sqnr_db is 0.0", ("--sqnr", "0")
+    yield "--codec 'foo' is unknown; it can be uniform or multilevel", ("--codec", "foo")
+    yield "--threshold is an option of --codec uniform, and a target", ("--threshold", "auto", "--bits", "5")
+    yield "--low-bits is an option of --codec uniform, not of multi", ("--low-bits", "3", "--codec", "multilevel")
+    yield "--header-dtype is an option of --codec uniform", ("--header-dtype", "float32", "--size", "1MB")
+    yield "--width is an option of --codec multilevel, not of uniform", ("--width", "3", "--codec", "uniform")
+    yield "--effort is an option of --codec multilevel; add that, or a target", ("--effort", "fast")
+    yield "--bits is a target", ("--codec", "uniform", "--bits", "5")
+    yield "add --threshold auto", ("--codec", "uniform", "--sqnr", "30")
+    yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
+    yield "--threshold auto is for a target", ("--threshold", "auto")
+    yield "--balance is for a target", ("--balance", "1")
+    yield "balance is 3.0", ("--balance", "3", "--bits", "4")
+    yield "--width '9' is no width of 0 to 8 bits", ("--width", "9", "--bits", "4")
+    yield "--width 'all' is no width", ("--width", "all", "--codec", "multilevel")
+    yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")
+    yield "block_size is 8; it can be 16 to 256", ("--block-size", "8", "--bits", "4")
+    yield "--rule 'head*=weight:2' is for a target", ("--rule", "head*=weight:2")
+    yield "weight 'much' is no number", ("--rule", "head*=weight:much", "--bits", "4")
+    yield "weight is -1.0; it must be a positive number", ("--rule", "head*=weight:-1", "--bits", "4")
+    yield "bits of 0.1 cannot be reached", ("--bits", "0.1", "--measure")
+    yield "bits of 9 cannot be reached", ("--bits", "9", "--measure")
 
 
 class TestOneLine:
@@ -319,6 +429,11 @@ class TestOneLine:
         assert "another file" in refused("quantize", source.parent, source.parent / "x.btc")
         (tmp_path / "link").symlink_to(source)
         assert "another file" in refused("quantize", source, tmp_path / "link", "--force")
+
+    def test_a_target_out_of_reach_writes_nothing(self, source, tmp_path):
+        for options in (("--bits", 0.1), ("--size", 100), ("--sqnr", 300), ("--rmse", 1e-9)):
+            assert "cannot be reached" in refused("quantize", source, tmp_path / "x", *options)
+            assert not list(tmp_path.iterdir())
 
     def test_nothing_to_quantize(self, source, tmp_path):
         assert "--rule" in refused("quantize", source, tmp_path / "x", "--rule", "*=dense")

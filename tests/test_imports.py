@@ -20,7 +20,7 @@ ROOMS = [
         "tree",
     ),
     *("plan", "metrics", "baselines", "evaluate", "search", "report", "checkpoint", "sources", "stream", "orbax"),
-    *("compare", "_console", "cli"),
+    *("compare", "_console", "_options", "cli"),
 ]
 
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 
 from btc_jax import (
+    Multilevel,
     Policy,
     Rule,
     Uniform,
@@ -23,6 +24,7 @@ from btc_jax import (
 
 LONG = "encoder/layers_11/self_attention/query/kernel"
 POLICY = Policy(Uniform(64), rules=(Rule("head/*", None),))
+MULTILEVEL = Policy(Multilevel(), rules=(Rule("head/*", None),))
 WIDTHS = pytest.mark.parametrize("width", [80, 140])
 
 
@@ -128,6 +130,36 @@ def test_search_table_without_accuracy_leaves_it_blank():
     header, row = rows(render(search_table(result)))
     assert dict(zip(header, row, strict=True))["accuracy"] == dict(zip(header, row, strict=True))["drop"] == ""
     assert dict(zip(header, row, strict=True))["verdict"] == "best"
+
+
+def test_search_table_shows_budgets_and_divergences_where_there_are_any():
+    kls = iter([0.00123, 0.5, 0.01])
+    result = btc_search(
+        tree(), bits=(2, 6), tolerance=2, divergence=lambda _: next(kls), max_kl=0.1, policy=MULTILEVEL, progress=False
+    )
+    header, *body = rows(render(search_table(result), 200))
+    shown = [dict(zip(header, row, strict=True)) for row in body]
+    assert [row["budget"] for row in shown] == ["6.000", "2.000", "4.000"]
+    assert [row["KL"] for row in shown] == ["0.00123", "0.50000", "0.01000"]
+    assert [row["verdict"] for row in shown] == ["holds", "KL 0.5 > 0.1", "best"]
+    sizes = btc_search(tree(), policy=POLICY, block_sizes=(64,), max_rmse=None, progress=False)
+    assert not {"budget", "KL"} & set(rows(render(search_table(sizes)))[0])
+
+
+@pytest.mark.parametrize(
+    ("codec", "order", "cell"),
+    [
+        (Uniform(128), "stored", "uniform 128"),
+        (Multilevel(), "output-major", "multilevel 32"),
+        (Multilevel(64, width=4), "output-major-taps", "multilevel 64, 4 bits, taps"),
+        (Multilevel(width="leaf"), "stored-taps", "multilevel 32, one width, taps"),
+    ],
+)
+def test_a_codec_in_few_words(codec, order, cell):
+    policy = Policy(codec, names=("kernel",), order=order)
+    kernel = {"kernel": np.zeros((3, 3, 32, 32), np.float32)}
+    header, row, *_ = rows(render(plan_table(btc_plan(kernel, policy=policy)), 200))
+    assert dict(zip(header, row, strict=True))["codec"] == cell
 
 
 def test_figures_stand_in_the_column_of_their_name():

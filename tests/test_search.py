@@ -10,6 +10,7 @@ import pytest
 
 from btc_jax import (
     BTCPolicyError,
+    Multilevel,
     Policy,
     Rule,
     SearchStatus,
@@ -349,3 +350,201 @@ def test_json_of_a_search_that_found_nothing():
 def test_progress_is_silent_where_there_is_no_terminal(capfd):
     search(block_sizes=(32,), progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+# The search for bits
+
+
+def by_bits(evaluate=None, **arguments):
+    return btc_search(PARAMS, evaluate, **{"bits": (2, 6), "progress": False} | arguments)
+
+
+def effective_bits(tree):
+    return 8 * tree["kernel"].nbytes / PARAMS["kernel"].size
+
+
+def accurate_from(bits):
+    """An evaluate function that loses 5 points below so many effective bits."""
+    return lambda tree: 0.9 if not is_packed(tree["kernel"]) or effective_bits(tree) >= bits else 0.85
+
+
+def divergence(tree):
+    """A divergence that falls as errors do."""
+    error = np.asarray(tree["kernel"].dequantize(), np.float64) - PARAMS["kernel"]
+    return float(np.mean(error**2) / np.mean(PARAMS["kernel"].astype(np.float64) ** 2))
+
+
+def budgets(result):
+    return [trial.bits for trial in result.trials]
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.1, 5.7])
+def test_bits_are_halved_until_the_limit_is_near(bits):
+    result = by_bits(accurate_from(bits))
+    assert result.status is SearchStatus.STOPPED
+    assert budgets(result)[:3] == [6, 2, 4]
+    assert len(set(budgets(result))) == len(budgets(result)) == 9
+    held = [trial.bits for trial in result.trials if trial.held]
+    broken = [trial.bits for trial in result.trials if trial.broke]
+    assert result.best is not None
+    assert result.best.bits == min(held)
+    assert max(broken) < min(held) <= max(broken) + 0.05
+    assert bits <= result.best.metrics.total.effective_bits < bits + 0.1
+    assert effective_bits(result.tree) == result.best.metrics.total.effective_bits
+    for part in (
+        f"{min(held):.6g} bits holds",
+        f"{max(broken):.6g} bits breaks",
+        "accuracy drop 5.00 > 2",
+        "Use the tree",
+    ):
+        assert part in result.message
+
+
+def test_every_budget_is_that_of_btc_quantize():
+    result = by_bits(accurate_from(3.3), tolerance=1)
+    assert result.best is not None
+    assert result.best.codec == Multilevel()
+    assert_same_tree(result.tree, btc_quantize(PARAMS, bits=result.best.bits))
+    for trial in result.trials:
+        assert trial.bits is not None
+        assert trial.bits * 0.99 < trial.metrics.total.effective_bits <= trial.bits
+
+
+@pytest.mark.parametrize(("tolerance", "trials"), [(4, 2), (3, 3), (1, 4), (0.5, 5)])
+def test_tolerance_decides_how_many_are_tried(tolerance, trials):
+    assert len(by_bits(accurate_from(3.3), tolerance=tolerance).trials) == trials
+
+
+def test_a_limit_of_divergence():
+    result = by_bits(divergence=divergence, max_kl=3e-3, max_drop=None, tolerance=0.2)
+    assert result.status is SearchStatus.STOPPED
+    assert result.accuracy is None
+    assert result.best is not None
+    assert result.best.kl == pytest.approx(divergence(result.tree))
+    assert all((trial.kl or 0) <= 3e-3 for trial in result.trials if trial.held)
+    assert all((trial.kl or 0) > 3e-3 for trial in result.trials if trial.broke)
+    assert re.search(r"breaks the limit \(KL 0\.00\d+ > 0\.003\)", result.message)
+
+
+def test_a_divergence_is_measured_beside_the_accuracy_and_with_block_sizes():
+    result = by_bits(accurate_from(3), divergence=divergence, tolerance=4)
+    assert [trial.held for trial in result.trials] == [True, False]
+    assert result.trials[0].kl < result.trials[1].kl
+    result = search(divergence=divergence, max_kl=0.5 * (divergence_of(32) + divergence_of(64)))
+    assert sizes(result) == [32, 64]
+    assert result.trials[1].broke.startswith("KL")
+
+
+def divergence_of(size):
+    return divergence(btc_quantize(PARAMS, Uniform(size, threshold=0.0)))
+
+
+def test_the_fewest_bits_hold():
+    result = by_bits(lambda tree: 0.9)
+    assert result.status is SearchStatus.COMPLETE
+    assert budgets(result) == [6, 2]
+    assert result.best is result.trials[1]
+    assert "the smallest allowed. Use the tree found, or allow fewer bits." in result.message
+
+
+def test_the_most_bits_do_not_hold():
+    result = by_bits(accurate_from(7))
+    assert result.status is SearchStatus.NOTHING_HELD
+    assert budgets(result) == [6]
+    assert result.best is result.tree is None
+    for part in ("A budget of 6 bits, the largest allowed, already breaks", "Allow more bits", "by a rule"):
+        assert part in result.message
+
+
+@pytest.mark.parametrize(("bits", "status"), [(3, SearchStatus.COMPLETE), (7, SearchStatus.NOTHING_HELD)])
+def test_one_budget(bits, status):
+    result = by_bits(accurate_from(bits), bits=(4, 4))
+    assert (result.status, budgets(result)) == (status, [4])
+
+
+def test_rmse_limits_bits_only_when_told():
+    worse = 1e-3
+    assert by_bits(lambda tree: 0.9, tolerance=4).status is SearchStatus.COMPLETE
+    result = by_bits(max_rmse=worse, bits=(2, 8), tolerance=0.5)
+    assert result.status is SearchStatus.STOPPED
+    assert result.best is not None
+    assert result.best.metrics.total.rmse <= worse
+    assert "Accuracy was not looked at" in result.message
+
+
+def test_evaluate_that_fails_while_bits_are_searched_keeps_the_trials():
+    result = by_bits(scripted(0.9, 0.9, 0.8, OSError("disk full")))
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert budgets(result) == [6, 2, 4]
+    assert [trial.held for trial in result.trials] == [True, False, False]
+    assert result.best is result.trials[0]
+    for part in ("OSError: disk full", "budget of 6 bits holds", "that were not tried are unknown", "Mend evaluate"):
+        assert part in result.message
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"), [(math.nan, "nan"), (-0.1, "-0.1"), (None, "None"), ("x", "'x'"), (KeyError("y"), "KeyError")]
+)
+def test_divergence_that_fails(answer, shown):
+    with as_users_run_it():
+        result = by_bits(divergence=scripted(answer), max_kl=0.1)
+    assert result.status is SearchStatus.EVALUATE_FAILED
+    assert len(result.trials) == 1
+    assert shown in result.message
+    assert "divergence" in result.message
+    assert "Mend divergence" in result.message
+
+
+def test_a_divergence_of_nothing_may_be_a_rounding_below_zero_and_one_may_be_infinite():
+    assert by_bits(divergence=lambda tree: -1e-8, max_kl=0).status is SearchStatus.COMPLETE
+    assert by_bits(divergence=lambda tree: math.inf, max_kl=1).status is SearchStatus.NOTHING_HELD
+
+
+def test_codecs_and_policies_work_with_bits():
+    result = by_bits(accurate_from(5.9), codec=Uniform(32, threshold="auto"), bits=(5.5, 7), tolerance=0.5)
+    assert result.best is not None
+    assert result.best.codec == Uniform(32, threshold="auto")
+    tree = PARAMS | {"head": params()["kernel"]}
+    policy = Policy(Multilevel(64), rules=(Rule("head", None),))
+    result = btc_search(tree, lambda tree: 0.9, policy=policy, bits=(3, 4), progress=False)
+    assert result.tree is not None
+    assert result.tree["head"] is tree["head"]
+    assert result.tree["kernel"].codec == Multilevel(64)
+
+
+@pytest.mark.parametrize("bits", [(6, 2), (0, 3), (-1, 2), (math.nan, 3), (3, math.nan), (2, math.inf)])
+def test_bad_ranges(bits):
+    with pytest.raises(ValueError, match=r"bits is .*the least and the largest budget, such as \(3, 6\)"):
+        by_bits(bits=bits)
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, math.nan, math.inf])
+def test_bad_tolerances(tolerance):
+    with pytest.raises(ValueError, match=r"tolerance is .*positive number of bits"):
+        by_bits(tolerance=float(tolerance))
+
+
+def test_searches_that_cannot_be():
+    with pytest.raises(ValueError, match="nothing limits the bits; give evaluate with max_drop"):
+        by_bits()
+    with pytest.raises(ValueError, match="nothing limits the bits"):
+        by_bits(lambda tree: 0.9, max_drop=None, divergence=divergence)
+    with pytest.raises(ValueError, match=r"max_kl is 0\.1, and there is no divergence"):
+        by_bits(lambda tree: 0.9, max_kl=0.1)
+    with pytest.raises(ValueError, match=r"max_kl is -1\.0"):
+        by_bits(divergence=divergence, max_kl=-1.0)
+    with pytest.raises(ValueError, match="both bits and block_sizes"):
+        by_bits(lambda tree: 0.9, block_sizes=(32,))
+    with pytest.raises(ValueError, match="no leaf has a codec that adapts"):
+        by_bits(lambda tree: 0.9, codec=Uniform())
+    with pytest.raises(ValueError, match="bits of 20 cannot be reached"):
+        by_bits(lambda tree: 0.9, bits=(3, 20))
+
+
+def test_json_of_a_search_for_bits():
+    result = by_bits(accurate_from(3), divergence=divergence, tolerance=2)
+    record = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert [trial["bits"] for trial in record["trials"]] == [6, 2, 4]
+    assert record["trials"][2]["kl"] == result.trials[2].kl
+    assert record["best"] == 2
+    assert record["trials"][0]["codec"] == {"id": "multilevel", "block_size": 32, "width": None}

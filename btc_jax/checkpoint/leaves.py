@@ -131,8 +131,8 @@ def _read_packed(record: LeafRecord, arrays: Sequence[np.ndarray]) -> BTCTensor:
     codec, order, dtype = codec_from_json(record.details["codec"]), record.details["order"], _dtype(record)
     if canonical(codec.to_json() | record.details["codec"]) != canonical(codec.to_json()):
         raise BTCFormatError(f"leaf {record.path!r} has a codec that is not as written")
-    if codec.candidates != (codec,):
-        raise BTCFormatError(f"leaf {record.path!r} has a codec whose choice was left open, {codec!r}")
+    if codec.candidates != (codec,) or codec.stored != codec:
+        raise BTCFormatError(f"leaf {record.path!r} has a codec as it is before packing, {codec!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise BTCFormatError(f"leaf {record.path!r} is packed and of the dtype {dtype}, which is not floating")
     if order not in ORDERS or math.prod(tap_sizes(record.shape, order)) > MAX_TAPS:

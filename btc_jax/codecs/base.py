@@ -61,6 +61,11 @@ class Codec(abc.ABC):
         """Whether the widths are chosen by what a bit is worth (the slope), and not by a rule of the codec's own."""
 
     @property
+    def usual_bits(self) -> float:
+        """Effective bits that leaves of an adaptive codec come to where no target is given."""
+        return 4.5
+
+    @property
     def candidates(self) -> "tuple[Codec, ...]":
         """The codecs of which the allocation chooses one for a leaf; each decodes only its own."""
         return (self,)

@@ -182,7 +182,7 @@ class Multilevel(Codec):
         unit, step = setting["unit"], setting["step"] / setting["unit"]
         first, last = _WINDOW[self.effort]
         tried = OFFSETS if self.effort == "exhaustive" else 2
-        regular = (last + 1 - first) * tried
+        regular, escapes = (last + 1 - first) * tried, OFFSETS - 1 if self.effort == "exhaustive" else 1
 
         def search(blocks: Array) -> Array:
             x = (blocks - setting["centre"]) / unit
@@ -192,7 +192,8 @@ class Multilevel(Codec):
                 r = jnp.clip(natural + (first + i // tried), 1, TOP) * OFFSETS
                 near = middle / (step * _take(_HALVES, r) * _SPACING) + (OFFSETS - 1) / 2
                 offset = (jnp.floor(near).astype(jnp.int32) if tried < OFFSETS else 0) + i % tried
-                return jnp.where(i < regular, r + jnp.clip(offset, 0, OFFSETS - 1), escape).astype(jnp.uint8)
+                beyond = escape if escapes == 1 else i - regular + 1
+                return jnp.where(i < regular, r + jnp.clip(offset, 0, OFFSETS - 1), beyond).astype(jnp.uint8)
 
             def body(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
                 header = candidate(i)
@@ -201,7 +202,7 @@ class Multilevel(Codec):
                 return jnp.where(better, cost, best[0]), jnp.where(better, header, best[1])
 
             nothing = jnp.square(x).sum(1), jnp.zeros(x.shape[:1], jnp.uint8)
-            return lax.fori_loop(0, regular + 1, body, nothing)[1]
+            return lax.fori_loop(0, regular + escapes, body, nothing)[1]
 
         return in_chunks(search, blocks)
 

@@ -96,6 +96,12 @@ class Uniform(Codec):
     def wide_bits(self) -> int:
         return self.high_bits
 
+    @property
+    def usual_bits(self) -> float:
+        # A quarter of the blocks wide.
+        header = 16 * jnp.dtype(self.header_dtype).itemsize + 1
+        return self.low_bits + (self.high_bits - self.low_bits) / 4 + header / self.block_size
+
     def fixed(self, slope: float, rms: float) -> "Uniform":
         return dataclasses.replace(self, threshold=rms * math.sqrt(slope * self._worth)) if self.adaptive else self
 

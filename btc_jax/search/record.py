@@ -1,0 +1,112 @@
+"""What a search found, and the same in words, with what to do next."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from btc_jax._typing import PyTree
+from btc_jax.search.trial import Trial
+
+
+class SearchStatus(enum.StrEnum):
+    """How a search ended."""
+
+    COMPLETE = "complete"
+    """Every block size held; or the fewest bits did."""
+    STOPPED = "stopped"
+    """A block size, or a number of bits, broke a limit; the best one found held."""
+    NOTHING_HELD = "nothing held"
+    """The smallest blocks, or the most bits, already broke a limit."""
+    EVALUATE_FAILED = "evaluate failed"
+    """The evaluate or divergence function raised, or returned what cannot be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        status: how it ended.
+        message: the same in words, with what to do next.
+        best: the last trial that held: the largest blocks, or the fewest bits; or `None`.
+        tree: the packed tree of `best`, or `None`.
+        trials: all trials, in the order made.
+        accuracy: the float tree's accuracy, or `None`.
+    """
+
+    status: SearchStatus
+    message: str
+    best: Trial | None
+    tree: PyTree | None
+    trials: tuple[Trial, ...]
+    accuracy: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record, without the tree, as plain JSON values."""
+        best = next((i for i, trial in enumerate(self.trials) if trial is self.best), None)
+        fields = {"status": self.status, "message": self.message, "accuracy": self.accuracy, "best": best}
+        return fields | {"trials": [trial.to_json() for trial in self.trials]}
+
+
+def status_of(trials: Sequence[Trial], trouble: str, complete: bool) -> SearchStatus:
+    if trouble:
+        return SearchStatus.EVALUATE_FAILED
+    if complete:
+        return SearchStatus.COMPLETE
+    return SearchStatus.STOPPED if any(trial.held for trial in trials) else SearchStatus.NOTHING_HELD
+
+
+def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial], trouble: str, by_bits: bool) -> str:
+    words = _BITS if by_bits else _SIZES
+    if status is SearchStatus.EVALUATE_FAILED:
+        kept = f"{_found(best)}; the {words.rest} are unknown" if best else "No configuration is known to hold"
+        return f"{trouble}. {kept}. Mend {trouble.split()[0]} and search again."
+    if best is None:
+        return (
+            f"{_capital(trials[0].name)}, {words.first}, already breaks the limit ({trials[0].broke}). {words.nothing}"
+        )
+    if status is SearchStatus.COMPLETE:
+        return f"{_found(best)}, {words.last}"
+    broken = _nearest_broken(trials)
+    return f"{_found(best)}; {broken.name} breaks the limit ({broken.broke}). Use the tree found, or raise the limit."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """How one kind of search speaks."""
+
+    first: str
+    last: str
+    rest: str
+    nothing: str
+
+
+_SIZES = _Words(
+    first="the first tried",
+    last="the largest tried. Try larger block sizes, or fewer bits or a higher threshold in the codec.",
+    rest="larger sizes",
+    nothing=(
+        "Try smaller block sizes, more bits or a lower threshold in the codec, leave sensitive leaves dense by a rule, "
+        "or raise the limit."
+    ),
+)
+_BITS = _Words(
+    first="the largest allowed",
+    last="the smallest allowed. Use the tree found, or allow fewer bits.",
+    rest="smaller budgets that were not tried",
+    nothing="Allow more bits, leave sensitive leaves dense by a rule, or raise the limit.",
+)
+
+
+def _found(best: Trial) -> str:
+    return f"{_capital(best.name)} holds at {best.metrics.total.effective_bits:.2f} bits"
+
+
+def _nearest_broken(trials: Sequence[Trial]) -> Trial:
+    """The broken trial next to those that held: the last of block sizes, that of most bits."""
+    return max((trial for trial in reversed(trials) if trial.broke), key=lambda trial: trial.bits or 0)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,284 @@
+"""Checkpoint files of other systems into compressed ones, one leaf at a time."""
+
+import ctypes
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax._typing import Array, PyTree
+from btc_jax.allocate import Choice, Target, target_of
+from btc_jax.checkpoint.files import crc32c
+from btc_jax.checkpoint.leaves import to_arrays
+from btc_jax.checkpoint.manifest import LeafRecord, canonical
+from btc_jax.checkpoint.structure import describe
+from btc_jax.checkpoint.write import StoredLeaf, check_target, real_path, write_leaves
+from btc_jax.codecs import Codec
+from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storage_of
+from btc_jax.plan import Plan, plan_of
+from btc_jax.policy import Decision, Policy
+from btc_jax.sources import Source, SourceLeaf, open_source
+from btc_jax.stream.container import container_nbytes
+from btc_jax.stream.parts import Parts
+from btc_jax.tensor import quantize_leaf
+from btc_jax.tree import choose, decide, leaf_nbytes, one_policy, refuse_nothing_to_do
+
+PathLike = str | os.PathLike[str]
+OnLeaf = Callable[[str, int], None]
+_NAMES = ("kernel", "embedding", "weight", "*.kernel", "*.embedding", "*.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """What `compress_file` did.
+
+    Attributes:
+        leaves, packed: number of leaves, and of those the packed ones.
+        resumed: leaves that an earlier, interrupted run had finished.
+        bytes_before, bytes_after: bytes of the leaves, and of the written files.
+        effective_bits: bits per weight of the packed leaves, everything stored for them counted.
+        rmse: root mean squared error over the packed weights, in their units.
+        sqnr_db: signal to quantization noise over the packed leaves, in dB; infinite without error. Leaves that come
+            back exactly do not count.
+        seconds: time taken.
+    """
+
+    leaves: int
+    packed: int
+    resumed: int
+    bytes_before: int
+    bytes_after: int
+    effective_bits: float
+    rmse: float
+    sqnr_db: float
+    seconds: float
+
+
+def file_policy(codec: Codec | None = None, *, torch_layout: bool = False, target: Target | None = None) -> Policy:
+    """The default policy for files: leaves named `kernel`, `embedding` or `weight`, also after a dot.
+
+    Kernels in PyTorch's layout (out, in, kh, kw) run as they are stored, which is output-major there.
+    """
+    order = "stored" if torch_layout else None
+    return dataclasses.replace(one_policy(codec, None, target), names=_NAMES, order=order)
+
+
+def plan_file(
+    source: PathLike,
+    codec: Codec | None = None,
+    *,
+    policy: Policy | None = None,
+    bits: float | None = None,
+    size: float | str | None = None,
+    rmse: float | None = None,
+    sqnr_db: float | None = None,
+    measure: bool = False,
+) -> Plan:
+    """What `compress_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
+
+    Args: as for `compress_file` and `btc_plan`.
+
+    Raises:
+        ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
+        BTCPolicyError: a rule fits no leaf.
+    """
+    target = target_of(bits, size, rmse, sqnr_db)
+    with open_source(source) as opened:
+        tree, policy = _nested(opened.leaves), _policy(opened, codec, policy, target)
+        leaves, decisions, _ = decide(tree, policy)
+        if not measure:
+            return plan_of(leaves, decisions, [None] * len(leaves))
+        lazy = _lazy(opened, leaves, decisions)
+        return plan_of(lazy, decisions, _choices(lazy, decisions, policy, target, tree))
+
+
+def compress_file(
+    source: PathLike,
+    target: PathLike,
+    codec: Codec | None = None,
+    *,
+    policy: Policy | None = None,
+    bits: float | None = None,
+    size: float | str | None = None,
+    rmse: float | None = None,
+    sqnr_db: float | None = None,
+    max_shard_bytes: int | None = None,
+    on_leaf: OnLeaf | None = None,
+) -> Compressed:
+    """Compresses a checkpoint file into another, one leaf at a time.
+
+    Paths are kept; a `/` in them becomes a dict in the compressed tree. If it is interrupted, the same call goes on
+    with the leaves that are missing. Where bits are shared out for a target, each leaf is read a few times.
+
+    Args:
+        source: a safetensors file, a folder with a `*.safetensors.index.json`, a `.npz`, a Flax `.msgpack`, or an
+            Orbax checkpoint folder; see `btc_jax.sources`.
+        target: the file to write.
+        codec, policy: as for `btc_quantize`; by default `file_policy(codec)`, of `Multilevel` if a target is given.
+            In PyTorch's layout a policy without an order means `"stored"`.
+        bits, rmse, sqnr_db: as for `btc_quantize`.
+        size: bytes of all that is written at most, with dense leaves and the headers of the files.
+        max_shard_bytes: as for `save`.
+        on_leaf: called after each leaf with its path and its bytes in the source.
+
+    Raises:
+        ValueError: the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached.
+        BTCPolicyError: a rule fits no leaf, or none is taken.
+        OSError: the target could not be written.
+    """
+    start, target, goal = perf_counter(), real_path(target), target_of(bits, size, rmse, sqnr_db)
+    check_target(target, max_shard_bytes)
+    with open_source(source) as opened:
+        refuse_source(target, opened.files)
+        fingerprint = opened.fingerprint()
+        tree, policy = _nested(opened.leaves), _policy(opened, codec, policy, goal)
+        leaves, decisions, _ = decide(tree, policy)
+        refuse_nothing_to_do(leaves, decisions)
+        lazy = _lazy(opened, leaves, decisions)
+        with Parts(target) as parts:
+            choices = _choices(lazy, decisions, policy, goal, tree, target if max_shard_bytes else None)
+            parts.open(_identity(fingerprint, decisions, choices))
+            resumed = sum(_finish(parts, i, *pair, on_leaf) for i, pair in enumerate(zip(lazy, choices, strict=True)))
+            if opened.fingerprint() != fingerprint:
+                parts.discard()
+                raise ValueError(f"{source} was changed while it was read; run it again")
+            stored = parts.leaves(len(leaves))
+            written = write_leaves(target, describe(tree), stored, max_shard_bytes)
+    total, packed = _total([record for record, _ in stored])
+    return Compressed(
+        leaves=len(leaves),
+        packed=packed,
+        resumed=resumed,
+        bytes_before=sum(map(leaf_nbytes, leaves)),
+        bytes_after=written,
+        effective_bits=total.effective_bits,
+        rmse=total.rmse,
+        sqnr_db=total.sqnr_db,
+        seconds=perf_counter() - start,
+    )
+
+
+def refuse_source(target: Path, files: Sequence[Path]) -> None:
+    if target in map(real_path, files):
+        raise ValueError(f"{target} is the source, or a part of it; name another file")
+
+
+class _LazyLeaf:
+    """A leaf of an open source: its values are read whenever they are asked for, and not kept."""
+
+    def __init__(self, source: Source, path: str, leaf: jax.ShapeDtypeStruct):
+        self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
+        self.nbytes = leaf_nbytes(leaf)
+
+    def read(self) -> np.ndarray:
+        _trim_heap()
+        return self._source.read(self.path)
+
+    def __jax_array__(self) -> Array:
+        return jnp.asarray(self.read())
+
+
+def _lazy(source: Source, leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[_LazyLeaf]:
+    return [_LazyLeaf(source, how.path, leaf) for leaf, how in zip(leaves, decisions, strict=True)]
+
+
+def _choices(
+    leaves: Sequence[_LazyLeaf],
+    decisions: Sequence[Decision],
+    policy: Policy,
+    target: Target | None,
+    tree: PyTree,
+    shards_of: Path | None = None,
+) -> list[Choice | None]:
+    """As `choose`; for a target of size the headers of the files count as one more dense leaf."""
+    if target is None or target.kind != "size":
+        return choose(leaves, decisions, target, policy.balance)
+    header = SimpleNamespace(nbytes=container_nbytes(tree, leaves, decisions, shards_of))
+    beside = Decision("the header of the file", None, "stored", "header")
+    return choose([*leaves, header], [*decisions, beside], target, policy.balance)[:-1]
+
+
+def _finish(parts: Parts, i: int, leaf: _LazyLeaf, choice: Choice | None, on_leaf: OnLeaf | None) -> bool:
+    """Makes sure that a leaf is among the parts, and says whether it already was."""
+    finished = parts.has(i)
+    if not finished:
+        parts.put(i, _compress(leaf.path, leaf.read(), choice))
+    if on_leaf:
+        on_leaf(leaf.path, leaf.nbytes)
+    return finished
+
+
+def _compress(path: str, leaf: Any, choice: Choice | None) -> StoredLeaf:
+    """The record of a leaf, with its error if it is packed, and its arrays."""
+    if choice is None:
+        return to_arrays(path, leaf)
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype:
+        leaf = jnp.asarray(leaf)  # one copy for all that follows; float64 stays, to be remembered
+    packed = quantize_leaf(leaf, choice.codec, choice.order, path, choice.slope)
+    record, arrays = to_arrays(path, packed)
+    measures = jsonable(Measures.of(storage_of(packed), error_of(leaf, packed.dequantize())))
+    error = {name: measures[name] for name in ("rmse", "relative_rmse", "sqnr_db", "largest_error")}
+    return dataclasses.replace(record, details=record.details | {"error": error}), arrays
+
+
+def _total(records: Iterable[LeafRecord]) -> tuple[Measures, int]:
+    """Bits and errors of all packed leaves, from their records, and the number of them."""
+    storage, error, packed = Storage(), Error(), 0
+    for record in records:
+        if record.kind == "packed":
+            weights, own = math.prod(record.shape), record.details["error"]
+            noise = own["rmse"] ** 2 * weights
+            signal = noise / own["relative_rmse"] ** 2 if own["relative_rmse"] else 0.0
+            storage += Storage(weights=weights, nbytes=record.nbytes)
+            error, packed = error + Error(signal, noise, own["largest_error"]), packed + 1
+    return Measures.of(storage, error), packed
+
+
+def _trim_heap() -> None:
+    """Gives freed memory back to the system: glibc keeps pieces of it, and those of large leaves add up."""
+    with suppress(OSError, AttributeError):  # only glibc has this
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _policy(source: Source, codec: Codec | None, policy: Policy | None, target: Target | None) -> Policy:
+    if policy is None:
+        return file_policy(codec, torch_layout=source.torch_layout, target=target)
+    policy = one_policy(codec, policy)
+    return dataclasses.replace(policy, order=policy.order or ("stored" if source.torch_layout else None))
+
+
+def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
+    """Nested dicts of shapes and dtypes, by the paths of leaves.
+
+    Raises:
+        ValueError: two paths conflict, or the source is a compressed checkpoint.
+    """
+    if any(leaf.path.endswith("#plane0") for leaf in leaves):
+        raise ValueError(
+            "the source is a compressed checkpoint already; restore it first to compress it in another way"
+        )
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        *folders, name = leaf.path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or name in node:
+            raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths")
+        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return tree
+
+
+def _identity(fingerprint: str, decisions: Sequence[Decision], choices: Sequence[Choice | None]) -> str:
+    """Changes with the source and with what is done to its leaves."""
+    done = [choice and (choice.codec.to_json(), choice.order, choice.slope) for choice in choices]
+    return crc32c(f"{fingerprint} {canonical([[how.path for how in decisions], done])}".encode())
