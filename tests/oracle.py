@@ -130,7 +130,9 @@ def unflattened(flat, shape, order):
     """The leaf through whose blocks these numbers run; inverse of `flattened`."""
     run, taps = run_of(len(shape), order)
     placed = np.reshape(flat, [shape[axis] for axis in run])
-    return (idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).transpose(np.argsort(run))
+    return (idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).transpose(
+        np.argsort(run)
+    )
 
 
 def multilevel_decoded(tensor):

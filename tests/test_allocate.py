@@ -134,8 +134,9 @@ def test_the_same_twice():
 
 
 def test_an_allocation_is_a_policy_that_packs_alike():
-    policy = btc_allocate(TREE, bits=4.5)
-    assert same_trees(btc_quantize(TREE, policy=policy), btc_quantize(TREE, bits=4.5))
+    tree = {path: TREE[path] for path in ("2/kernel", "bias")}
+    policy = btc_allocate(tree, bits=4.5)
+    assert same_trees(btc_quantize(tree, policy=policy), btc_quantize(tree, bits=4.5))
 
 
 @pytest.mark.parametrize("exponent", [-60, 3, 40])
@@ -220,8 +221,8 @@ def test_sizes(size, nbytes):
 
 def test_numpy_numbers_are_targets():
     for bits in (np.float32(4.5), np.float64(4.5)):
-        assert unchecked(target_of)(bits=bits) == ("bits", 4.5)
-    assert unchecked(target_of)(size=np.int64(100)) == ("size", 100)
+        assert unchecked(target_of)(bits=bits)[:2] == ("bits", 4.5)
+    assert unchecked(target_of)(size=np.int64(100))[:2] == ("size", 100)
 
 
 @pytest.mark.parametrize("codec", [Uniform(), Multilevel(width=4), Multilevel(slope=0.01)])
@@ -271,14 +272,14 @@ def test_balance_0_has_the_least_error_and_2_the_best_worst_leaf():
 
 def test_a_weight_shifts_bits_to_a_leaf():
     bits = []
-    for weight in (0.25, 1.0, 4.0, 64.0):
+    for weight in (0.25, 1.0, 4.0, 16.0):
         rules = (Rule("1/*", Multilevel(), weight=weight),)
-        packed = btc_quantize(TREE, policy=Policy(Multilevel(), rules), bits=4)
+        packed = btc_quantize(TREE, policy=Policy(Multilevel(), rules, balance=2), bits=4)
         assert 3.98 <= all_bits(packed) <= 4
         bits.append(bits_of(packed["1/kernel"]))
     assert bits == sorted(bits)
-    # Four times the weight is half the step: about one bit.
-    assert 0.7 < bits[2] - bits[1] < 1.1
+    # Four times the weight is half the step, or one bit; of which the other two leaves pay a third each.
+    assert 0.5 < bits[2] - bits[1] < 0.8
 
 
 def test_one_slope_serves_all_leaves_best():
@@ -320,15 +321,13 @@ def test_an_automatic_threshold_follows_the_scale(exponent):
 
 def test_one_width_a_leaf():
     codec = Multilevel(width="leaf")
-    for bits in (2.0, 4.0, 5.5):
-        packed = btc_quantize(TREE, codec, bits=bits)
-        assert all_bits(packed) <= bits
-        for path in ("0/kernel", "1/kernel", "2/kernel"):
-            leaf = packed[path]
-            assert type(leaf.codec.width) is int
-            assert set(np.asarray(leaf.widths).tolist()) == {leaf.codec.width}
-            assert bits_of(leaf) == leaf.codec.width + 8 * (128 + 8) / 4096
-        assert all_bits(packed) > bits - 1 / 3  # less than a bit of one of three leaves
+    packed = btc_quantize(TREE, codec, bits=4.0)
+    assert 4 - 1 / 3 < all_bits(packed) <= 4  # less than a bit of one of three leaves is left
+    for path in ("0/kernel", "1/kernel", "2/kernel"):
+        leaf = packed[path]
+        assert type(leaf.codec.width) is int
+        assert set(np.asarray(leaf.widths).tolist()) == {leaf.codec.width}
+        assert bits_of(leaf) == leaf.codec.width + 8 * (128 + 8) / 4096
 
 
 def test_one_width_a_leaf_in_a_file(tmp_path):

@@ -185,13 +185,13 @@ def test_no_error_exceeds_its_bound(seed, octave):
 
 
 BLOCKS = {
-    "gauss": lambda rng: rng.standard_normal((200, 32)),
-    "laplace": lambda rng: rng.laplace(size=(200, 32)),
-    "of many scales": lambda rng: rng.standard_normal((200, 32)) * 2.0 ** rng.integers(-8, 3, (200, 1)),
-    "student": lambda rng: rng.standard_t(3, size=(200, 32)),
-    "cauchy": lambda rng: rng.standard_cauchy((200, 32)),
-    "exponential": lambda rng: rng.exponential(size=(200, 32)),
-    "off centre": lambda rng: rng.standard_normal((200, 32)) + rng.standard_normal((200, 1)),
+    "gauss": lambda rng: rng.standard_normal((150, 32)),
+    "laplace": lambda rng: rng.laplace(size=(150, 32)),
+    "of many scales": lambda rng: rng.standard_normal((150, 32)) * 2.0 ** rng.integers(-8, 3, (150, 1)),
+    "student": lambda rng: rng.standard_t(3, size=(150, 32)),
+    "cauchy": lambda rng: rng.standard_cauchy((150, 32)),
+    "exponential": lambda rng: rng.exponential(size=(150, 32)),
+    "off centre": lambda rng: rng.standard_normal((150, 32)) + rng.standard_normal((150, 1)),
 }
 
 
@@ -201,27 +201,48 @@ def encoded(blocks, slope, codec):
     return setting, codec.encode(blocks, setting)
 
 
-def excess_costs(name, octave, codec):
-    """By what part the cost of all blocks together exceeds that of their best headers, found by trying each."""
+@functools.cache
+def problem(name, octave):
+    """Blocks, and the costs of all headers for them."""
     blocks = BLOCKS[name](np.random.default_rng(0)).astype(np.float32)
-    setting, coded = encoded(jnp.asarray(blocks), jnp.float32(2.0**octave), codec)
+    setting, _ = encoded(jnp.asarray(blocks), jnp.float32(2.0**octave), Multilevel())
     step, centre, unit = (float(setting[key]) for key in ("step", "centre", "unit"))
     scaled = (blocks.astype(np.float64) - centre) / unit
-    costs = oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**octave, 32)
+    return blocks, oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**octave, 32)
+
+
+def excess_cost(name, octave, codec):
+    """By what part the cost of all blocks together exceeds that of their best headers."""
+    blocks, costs = problem(name, octave)
+    _, coded = encoded(jnp.asarray(blocks), jnp.float32(2.0**octave), codec)
     chosen = costs[np.asarray(coded.header["header"]), np.arange(len(blocks))]
     return chosen.sum() / costs.min(0).sum() - 1
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("octave", [-12, -8, -4, -1])
+@pytest.mark.parametrize("octave", [-12, -7, -2])
 def test_the_exhaustive_encoder_finds_the_best_headers(name, octave):
-    assert -1e-6 < excess_costs(name, octave, Multilevel(effort="exhaustive")) < 0.005
+    assert -1e-6 < excess_cost(name, octave, Multilevel(effort="exhaustive")) < 0.005
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("octave", [-12, -8, -4, -1])
+@pytest.mark.parametrize("octave", [-12, -7, -2])
 def test_the_fast_encoder_is_near(name, octave):
-    assert -1e-6 < excess_costs(name, octave, Multilevel()) < (0.05 if name == "cauchy" else 0.03)
+    assert -1e-6 < excess_cost(name, octave, Multilevel()) < (0.05 if name == "cauchy" else 0.03)
+
+
+def test_the_fast_encoder_is_near_where_an_outlier_just_exceeds_an_escape():
+    """The next escape is up to 8 times as coarse; to clip the outlier a little is better."""
+    blocks = np.random.default_rng(0).standard_normal((150, 32)).astype(np.float32)
+    blocks[7, 3] = 75.7  # 2 ** 9.505 steps; escapes hold 2 ** 9.5 and 2 ** 11
+    costs = []
+    for codec in (Multilevel(), Multilevel(effort="exhaustive")):
+        setting, coded = encoded(jnp.asarray(blocks), jnp.float32(2.0**-10), codec)
+        step, unit = float(setting["step"]), float(setting["unit"])
+        scaled = blocks[7:8].astype(np.float64) / unit
+        headers = oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**-10, 32)
+        costs.append(headers[int(coded.header["header"][7]), 0])
+    assert costs[0] < 1.1 * costs[1]
 
 
 def test_every_width_is_used():
@@ -248,7 +269,7 @@ def test_the_same_twice():
 # Leaves of all kinds
 
 
-@pytest.mark.parametrize("shape", [(), (33,), (5, 7, 3), (2, 3, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(5, 7, 3), (2, 3, 3, 4, 5)])
 def test_shapes(shape):
     leaf = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     tensor = quantize_leaf(leaf, Multilevel(width=8))
