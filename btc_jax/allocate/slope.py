@@ -1,0 +1,142 @@
+"""The one slope for all leaves that meets a target."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+from btc_jax.allocate.leaf import Choice, Cost, Item, Leaf
+from btc_jax.allocate.target import Target
+
+_LOWEST, _HIGHEST = -26.0, 6.0
+"""Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
+_STARVED = 3.0
+"""Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
+_TOLERANCE = 0.003
+"""Part of a target that may be left unused."""
+
+
+def allocate(
+    items: Sequence[Item], target: Target, *, balance: float, nbytes_beside: int = 0
+) -> tuple[list[Choice], list[Cost]]:
+    """A choice for every item such that all together meet the target from below, with the least error.
+
+    Args:
+        items: all leaves to be packed; those of codecs that are not adaptive cost what they cost.
+        target: what all together come to.
+        balance: the squared error of a leaf counts `rms ** -balance`: 0 for the least total error, 2 for the least
+            error of each leaf relative to its size.
+        nbytes_beside: bytes of leaves that stay dense, for the target `size`.
+
+    Raises:
+        ValueError: the target cannot be reached; the message says what can.
+    """
+    leaves = [Leaf(item) for item in items]
+    if not any(leaf.adaptive for leaf in leaves):
+        raise ValueError(
+            f"{target.kind}={target.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
+            "Multilevel(), or Uniform(threshold='auto')"
+        )
+    equal = _Problem(leaves, target, [0.0] * len(leaves), math.inf, nbytes_beside)
+    if target.named:
+        equal.refuse_unreachable()
+    limit = equal.solve(whole=False) + _STARVED
+    problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
+    octave = problem.solve(whole=True, near=problem.solve(whole=False))
+    return problem.choices(octave), problem.costs(octave, whole=True)
+
+
+def _own_octaves(leaves: Sequence[Leaf], balance: float) -> list[float]:
+    """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
+    scaled = [leaf for leaf in leaves if leaf.scale > 0]
+    logs = math.fsum(leaf.weights * math.log2(leaf.scale) for leaf in scaled)
+    middle = logs / max(sum(leaf.weights for leaf in scaled), 1)
+    return [
+        (balance - 2) * (math.log2(leaf.scale) - middle) - math.log2(leaf.item.weight) if leaf.scale > 0 else 0.0
+        for leaf in leaves
+    ]
+
+
+class _Problem:
+    """Total bits or error as a function of one slope, and the target for it.
+
+    Attributes:
+        own: how far the slope of each leaf lies above the common one, in powers of two.
+        limit: the largest slope of any leaf.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf], target: Target, own: Sequence[float], limit: float, nbytes_beside: int):
+        self.leaves, self.target, self.own, self.limit = leaves, target, own, limit
+        self.nbytes_beside = nbytes_beside
+        self.weights = max(sum(leaf.weights for leaf in leaves), 1)
+        self.signal = math.fsum(leaf.weights * leaf.rms**2 for leaf in leaves)
+        self.lowest, self.highest = _LOWEST - max(own), _HIGHEST - min(own)
+
+    def choices(self, octave: float) -> list[Choice]:
+        return [leaf.choice(min(octave + own, self.limit)) for leaf, own in zip(self.leaves, self.own, strict=True)]
+
+    def costs(self, octave: float, whole: bool) -> list[Cost]:
+        pairs = zip(self.leaves, self.own, strict=True)
+        return [leaf.cost(min(octave + own, self.limit), whole) for leaf, own in pairs]
+
+    def value(self, octave: float, whole: bool) -> float:
+        """What the target is about, at this slope."""
+        costs = self.costs(octave, whole)
+        nbytes = math.fsum(cost.nbytes for cost in costs)
+        if self.target.kind == "bits":
+            return 8 * nbytes / self.weights
+        if self.target.kind == "size":
+            return nbytes + self.nbytes_beside
+        squares = math.fsum(c.error * le.weights * le.rms**2 for c, le in zip(costs, self.leaves, strict=True))
+        if self.target.kind == "rmse":
+            return math.sqrt(squares / self.weights)
+        return 10 * math.log10(self.signal / squares) if squares else math.inf
+
+    def excess(self, octave: float, whole: bool) -> float:
+        """How far the target is missed, in octaves of error or as a part of the bits; it is met below 0."""
+        value, wanted = self.value(octave, whole), self.target.value
+        if self.target.kind == "rmse":
+            return math.log2(max(value, 1e-300) / wanted)
+        return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1
+
+    def refuse_unreachable(self) -> None:
+        """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
+        kind, wanted, _ = self.target
+        best, least = (self.value(octave, whole=False) for octave in (self.lowest, self.highest))
+        low, high = min(best, least), max(best, least)
+        if kind in ("bits", "size"):
+            nbytes = sum(leaf.most for leaf in self.leaves)
+            high = 8 * nbytes / self.weights if kind == "bits" else nbytes + self.nbytes_beside
+        too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
+        if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
+            form = ",.0f" if kind == "size" else ".4g"
+            raise ValueError(
+                f"{kind} of {wanted:{form}} cannot be reached: these leaves and codecs reach from {low:{form}} to "
+                f"{high:{form}}"
+            )
+
+    def solve(self, whole: bool, near: float | None = None) -> float:
+        """The power of two of a slope that meets the target and leaves as little of it unused as can be.
+
+        Bits fall as the slope rises, and errors rise. Regula falsi, made sure by halving.
+        """
+        excess = functools.lru_cache(None)(lambda octave: self.excess(octave, whole))
+        start = (self.lowest, self.highest) if near is None else (near - 0.25, near + 0.25)
+        met, missed = start if self.target.kind in ("rmse", "sqnr_db") else start[::-1]
+        step = missed - met
+        while excess(met) > 0 and self.lowest < met < self.highest:
+            met, missed, step = self._inside(met - step), met, 2 * step
+        while excess(missed) <= 0 and self.lowest < missed < self.highest:
+            met, missed, step = missed, self._inside(missed + step), 2 * step
+        if excess(missed) <= 0:
+            return missed  # more than enough even there
+        for i in range(40):
+            if -_TOLERANCE <= excess(met) <= 0 or abs(met - missed) < 1e-5:
+                break
+            share = (excess(met) + _TOLERANCE / 2) / (excess(met) - excess(missed))
+            share = 0.5 if i % 3 == 2 or not 0.01 < share < 0.99 else share
+            middle = met + share * (missed - met)
+            met, missed = (middle, missed) if excess(middle) <= 0 else (met, middle)
+        return met
+
+    def _inside(self, octave: float) -> float:
+        return min(max(octave, self.lowest), self.highest)

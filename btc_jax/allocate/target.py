@@ -1,0 +1,78 @@
+"""What a tree is to come to, in bits, bytes or error."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from btc_jax.codecs import Codec
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class Target(NamedTuple):
+    """What a tree is to come to: `bits` (effective, over the quantized leaves), `size` (bytes of the whole tree, dense
+    leaves included), `rmse` (in units of the weights) or `sqnr_db`, over the quantized weights."""
+
+    kind: Literal["bits", "size", "rmse", "sqnr_db"]
+    value: float
+    named: bool = True
+    """Somebody asked for it. If not, the nearest that can be reached will do."""
+
+
+def target_of(
+    bits: float | None = None, size: float | str | None = None, rmse: float | None = None, sqnr_db: float | None = None
+) -> Target | None:
+    """The one target that is given, or `None`.
+
+    Raises:
+        ValueError: several are given, or one is not a positive number.
+
+    Example:
+        >>> target_of(size="25MB")
+        Target(kind='size', value=25000000.0, named=True)
+    """
+    given = {"bits": bits, "size": size, "rmse": rmse, "sqnr_db": sqnr_db}
+    given = {kind: value for kind, value in given.items() if value is not None}
+    if len(given) > 1:
+        listed = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
+        raise ValueError(f"{listed} are given; one target decides the others: give one")
+    for kind, value in given.items():
+        number = nbytes_of(value) if kind == "size" else _number(kind, value)
+        if not 0 < number < math.inf:
+            raise ValueError(f"{kind} is {value!r}; it must be a positive number")
+        return Target(kind, number)  # pyright: ignore[reportArgumentType]
+    return None
+
+
+def usual_target(codecs: Sequence[Codec]) -> Target:
+    """The target of leaves with these adaptive codecs where none is given."""
+    return Target("bits", max(codec.usual_bits for codec in codecs), named=False)
+
+
+def nbytes_of(size: Any) -> float:
+    """Bytes in a size such as `"25MB"`, `"1.5 GiB"` or a number.
+
+    Raises:
+        ValueError: it is no size of 1 byte or more.
+
+    Example:
+        >>> nbytes_of("1.5KiB")
+        1536.0
+    """
+    match = re.fullmatch(r"(\d{1,15}\.?\d{0,6}) ?([A-Za-z]*)", size, re.ASCII) if isinstance(size, str) else None
+    unit = _UNITS.get(match[2].upper(), 0) if match else 0
+    number = float(match[1]) * unit if match else _number("size", size) if not isinstance(size, str) else 0.0
+    if not number >= 1:
+        raise ValueError(f"size is {size!r}; it must be 1 byte or more, such as '500MB', '2GiB' or 1000000")
+    return number
+
+
+def _number(kind: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{kind} is {value!r}; it must be a number") from None

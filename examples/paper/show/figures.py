@@ -1,0 +1,34 @@
+"""The paper's figures 1 to 6, and two of what it only says: drawn from results, as PNG and SVG."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from examples.paper.show import networks, sweeps
+from examples.paper.show.style import SETTINGS
+from examples.paper.store import write_whole
+
+FIGURES = networks.FIGURES | sweeps.FIGURES
+
+
+def draw_all(folder: Path, results: dict[str, Any]) -> list[str]:
+    """Draws every figure that there are results for; returns their names, without `.png` and `.svg`."""
+    drawn = []
+    with matplotlib.rc_context(SETTINGS):
+        for name, draw in FIGURES.items():
+            figure = draw(results)
+            if figure is not None:
+                save(figure, folder / name)
+                drawn.append(name)
+    return sorted(drawn)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Both formats, each written whole."""
+    for suffix, options in ((".png", {"dpi": 130}), (".svg", {"metadata": {"Date": None}})):
+        with io.BytesIO() as file:
+            figure.savefig(file, format=suffix[1:], **options)  # pyright: ignore[reportArgumentType]
+            write_whole(path.with_suffix(suffix), file.getvalue())
