@@ -117,8 +117,6 @@ class How:
 
     def _refuse_what_changes_nothing(self, codec: Codec) -> None:
         """Widths that can change and a target for them: one without the other is a mistake."""
-        if self.threshold == "auto" and not self.target:
-            raise ValueError("--threshold auto is for a target; add one, such as --bits 5.5")
         if self.target and not codec.adaptive:
             name = "sqnr" if self.target.kind == "sqnr_db" else self.target.kind
             of_uniform = "add --threshold auto, or leave out --codec uniform"

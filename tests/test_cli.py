@@ -378,7 +378,6 @@ def wrong_options():
     yield "--bits is a target", ("--codec", "uniform", "--bits", "5")
     yield "add --threshold auto", ("--codec", "uniform", "--sqnr", "30")
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
-    yield "--threshold auto is for a target", ("--threshold", "auto")
     yield "--balance is for a target", ("--balance", "1")
     yield "balance is 3.0", ("--balance", "3", "--bits", "4")
     yield "--width '9' is no width of 0 to 8 bits", ("--width", "9", "--bits", "4")

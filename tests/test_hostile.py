@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import btc_jax
@@ -18,6 +19,7 @@ from btc_jax import BTCFormatError
 from tests.hostile import LIES
 from tests.hostile.forge import checkpoint, header_of, honest, signed, text, write
 from tests.hostile.indexes import index
+from tests.hostile.multilevel import multilevel
 
 SECONDS = 2.0
 MEBIBYTES = 256
@@ -35,6 +37,21 @@ def test_the_forge_tells_the_truth_too(tmp_path):
     assert tree["w"].dequantize().shape == (8,)
     (tmp_path / "several").mkdir()
     assert set(btc_jax.load(index(tmp_path / "several"))) == {"a", "b"}
+    (tmp_path / "multilevel").mkdir()
+    packed = btc_jax.load(multilevel(tmp_path / "multilevel"))["w"]
+    assert packed.widths.tolist() == [0, 1, 2, 8]
+    assert np.isfinite(packed.dequantize()).all()
+
+
+@pytest.mark.parametrize("name", ["step", "centre"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, -1, -0.0, 1e-42, 3e38])
+def test_a_number_that_no_encoder_writes_gives_other_weights_and_no_harm(name, number, tmp_path):
+    """It cannot be told from damage that has a right checksum; so it is calculated with."""
+    file = multilevel(tmp_path, lambda _, arrays: arrays.update({name: np.array([number], np.float32)}))
+    assert btc_jax.verify(file).ok
+    decoded = np.asarray(btc_jax.load(file, dense=True)["w"])
+    assert (decoded.shape, decoded.dtype) == ((4, 4, 8), np.float32)
+    assert np.isnan(number) <= np.isnan(decoded).any()
 
 
 @pytest.mark.parametrize("name", sorted(LIES.keys() - LARGE))

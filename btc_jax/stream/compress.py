@@ -262,7 +262,7 @@ def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
     Raises:
         ValueError: two paths conflict, or the source is a compressed checkpoint.
     """
-    if any(leaf.path.endswith("#plane0") for leaf in leaves):
+    if any(leaf.path.endswith(("#plane0", "#header")) for leaf in leaves):
         raise ValueError(
             "the source is a compressed checkpoint already; restore it first to compress it in another way"
         )

@@ -5,7 +5,7 @@ machine. A file here is never changed or removed: it must be read, and written a
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from btc_jax import BTCTensor, Uniform, quantize_leaf, save
+from btc_jax import BTCTensor, Multilevel, Uniform, quantize_leaf, save
+from btc_jax.planes import pack_planes, plane_specs
 
 FOLDER = Path(__file__).parent
 
@@ -85,11 +86,64 @@ def codecs() -> Any:
     }
 
 
+def bare(shape: tuple[int, ...], codec: Multilevel, headers: Sequence[int], order: Any = "stored", **more: Any):
+    """A leaf with these headers, over and over, and codes without a meaning: nothing here depends on an encoder."""
+    blocks = -(-int(np.prod(shape)) // codec.block_size)
+    header = np.resize(np.array(headers, np.uint8), blocks)
+    numbers = {name: np.array([more.get(name, usual)], np.float32) for name, usual in (("centre", 0), ("step", 2**-6))}
+    widths = np.asarray(codec.unpack_header({"header": jnp.asarray(header), **map_to_jax(numbers)}, blocks)[0])
+    codes = (
+        np.arange(blocks * codec.block_size, dtype=np.uint32).reshape(blocks, codec.block_size) * np.uint32(2654435761)
+        >> 7
+    )
+    codes = jnp.asarray(codes & ((1 << widths.astype(np.uint32)) - 1)[:, None])
+    specs = plane_specs(codec.widths)
+    rows = pack_planes(codes, jnp.asarray(widths), specs)
+    planes = tuple(plane[np.flatnonzero(widths >= spec.end)] for plane, spec in zip(rows, specs, strict=True))
+    stored = {"centre": numbers["centre"], "header": header, "step": numbers["step"]}
+    dtype = np.dtype(more.get("dtype", np.float32))
+    return BTCTensor(planes, map_to_jax(stored), shape, dtype, codec, order)
+
+
+def map_to_jax(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+ALL_WIDTHS = (0, 11, 40, 79, 106, 140, 170, 205, 252, 1, 7, 255, 8, 3)
+"""Headers of every width, of ranges and offsets at their ends, and of escapes."""
+
+
+@functools.cache
+def multilevel() -> Any:
+    return {
+        "mixed": bare((9, 50), Multilevel(), ALL_WIDTHS),
+        "centred": bare((9, 50), Multilevel(), ALL_WIDTHS[::-1], centre=0.375, step=3 * 2**-9),
+        "blocks_64": bare((20, 50), Multilevel(64), ALL_WIDTHS, "output-major"),
+        "blocks_48": bare((30, 24), Multilevel(48), ALL_WIDTHS),
+        "taps": bare((3, 3, 4, 14), Multilevel(), ALL_WIDTHS, "output-major-taps"),
+        "stored_taps": bare((14, 4, 3, 2), Multilevel(), ALL_WIDTHS, "stored-taps"),
+        "taps_of_one_axis": bare((5, 8, 12), Multilevel(16), ALL_WIDTHS, "output-major-taps"),
+        "no_taps": bare((9, 50), Multilevel(), ALL_WIDTHS, "output-major-taps"),
+        "half": bare((9, 50), Multilevel(), ALL_WIDTHS, dtype=jnp.bfloat16),
+        "width_0": bare((9, 50), Multilevel(width=0), ALL_WIDTHS),
+        "width_3": bare((9, 50), Multilevel(width=3), ALL_WIDTHS),
+        "width_4": bare((9, 50), Multilevel(width=4), ALL_WIDTHS),
+        "width_7_taps": bare((3, 3, 4, 14), Multilevel(width=7), ALL_WIDTHS, "output-major-taps"),
+        "width_8": bare((9, 50), Multilevel(width=8), ALL_WIDTHS),
+        "zeros": bare((9, 50), Multilevel(), (0,)),
+        "short": bare((3,), Multilevel(), (170,)),
+        "scalar": bare((), Multilevel(), (252,)),
+        "size_0": bare((0, 4), Multilevel(), (0,)),
+        "auto": quantize_leaf(packed((6, 40), Uniform(8)).dequantize(), Uniform(8, threshold="auto"), slope=2.0**-8),
+    }
+
+
 TREES: dict[str, tuple[Callable[[], Any], int | None]] = {
     "dense": (dense, None),
     "containers": (containers, None),
     "codecs": (codecs, None),
     "shards": (codecs, 700),
+    "multilevel": (multilevel, None),
 }
 
 

@@ -3,5 +3,6 @@
 from tests.hostile.headers import HEADERS
 from tests.hostile.indexes import INDEXES
 from tests.hostile.manifests import MANIFESTS
+from tests.hostile.multilevel import MULTILEVEL
 
-LIES = {lie.__name__: lie for lie in (*HEADERS, *MANIFESTS, *INDEXES)}
+LIES = {lie.__name__: lie for lie in (*HEADERS, *MANIFESTS, *MULTILEVEL, *INDEXES)}
