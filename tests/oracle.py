@@ -123,16 +123,16 @@ def flattened(leaf, order):
     """The numbers that run through the blocks of a leaf."""
     run, taps = run_of(np.ndim(leaf), order)
     placed = np.asarray(leaf, np.float64).transpose(run)
-    return (dctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).reshape(-1)
+    transformed = dctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed
+    return np.asarray(transformed).reshape(-1)
 
 
 def unflattened(flat, shape, order):
     """The leaf through whose blocks these numbers run; inverse of `flattened`."""
     run, taps = run_of(len(shape), order)
     placed = np.reshape(flat, [shape[axis] for axis in run])
-    return (idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).transpose(
-        np.argsort(run)
-    )
+    plain = idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed
+    return np.asarray(plain).transpose(np.argsort(run))
 
 
 def multilevel_decoded(tensor):

@@ -34,7 +34,7 @@ EPS = np.finfo(np.float32).eps
 def weights(seed, shape=LEAF, octaves=(-8, 3)):
     """Gaussian weights, each 32 of another scale in a wide range."""
     rng, size = np.random.default_rng(seed), math.prod(shape)
-    scales = np.repeat(2.0 ** rng.uniform(*octaves, -(-size // 32)), 32)[:size]
+    scales = np.repeat(2.0 ** rng.uniform(octaves[0], octaves[1], -(-size // 32)), 32)[:size]
     return (rng.standard_normal(size) * scales).reshape(shape).astype(np.float32)
 
 
@@ -65,10 +65,10 @@ def unchecked_codec(**arguments):
 
 @pytest.mark.parametrize("width", [None, 0, 5, 8])
 def test_each_of_256_headers_means_what_is_documented(width):
-    codec, step, centre = Multilevel(256, width), np.float32(0.3), np.float32(-0.7)
-    stored = {"header": jnp.arange(256, dtype=jnp.uint8), "step": step[None], "centre": centre[None]}
-    widths, header = codec.unpack_header(jax.tree.map(jnp.asarray, stored), 256)
-    expected = [oracle.multilevel_levels(h, float(step), float(centre), width) for h in range(256)]
+    codec, step, centre = Multilevel(256, width), float(np.float32(0.3)), float(np.float32(-0.7))
+    numbers = {"step": jnp.full(1, step), "centre": jnp.full(1, centre)}
+    widths, header = codec.unpack_header({"header": jnp.arange(256, dtype=jnp.uint8)} | numbers, 256)
+    expected = [oracle.multilevel_levels(h, step, centre, width) for h in range(256)]
     assert np.asarray(widths).tolist() == [len(levels).bit_length() - 1 for levels in expected]
     codes = jnp.asarray([np.arange(256) % len(levels) for levels in expected], jnp.uint32)
     decoded = np.asarray(codec.decode(codes, codec.grid(widths, header)))
@@ -302,8 +302,10 @@ def test_one_value_is_exact_and_takes_no_payload(value):
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_one_value_by_a_target(value):
     tree = {"kernel": np.full((64, 64), value, np.float32)}
-    for target in ({"bits": 4.5}, {"sqnr_db": 20.0}, {"rmse": 0.1}, {"size": 4096}, {}):
-        tensor = btc_quantize(tree, Multilevel(), **target)["kernel"]
+    targets = [functools.partial(btc_quantize, **{kind: 4096}) for kind in ("size", "rmse")]
+    targets += [functools.partial(btc_quantize, bits=4.5), functools.partial(btc_quantize, sqnr_db=20), btc_quantize]
+    for quantize in targets:
+        tensor = quantize(tree, Multilevel())["kernel"]
         assert np.array_equal(tensor.dequantize(), tree["kernel"])
         assert tensor.nbytes == 128 + 8
 
