@@ -18,7 +18,7 @@ from rich.progress import track
 from benchmarks import networks
 from btc_jax import Multilevel, Policy, btc_metrics, btc_quantize, comparison_table
 
-BALANCES = (0.0, 0.5, 1.0, 1.5, 2.0)
+BALANCES = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 BITS = (3.0, 3.5, 4.5)
 
 

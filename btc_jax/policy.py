@@ -142,7 +142,7 @@ class Policy:
     min_size: int = 4096
     order: Order | None = None
     taps: bool = True
-    balance: float = 0.5
+    balance: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.rules, Rule):

@@ -48,7 +48,8 @@ def btc_quantize(
             `Policy()` without.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
-        rmse: root mean squared error over the packed weights at most, in their units.
+        rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
+            dtype of their leaf.
         sqnr_db: signal to quantization noise over the packed weights at least, in dB.
         progress: show a bar on a terminal, a step a leaf.
 

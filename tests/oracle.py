@@ -1,6 +1,7 @@
-"""The paper's algorithm 1 in plain numpy, block by block: an independent calculation to hold the package against."""
+"""The codecs in plain numpy, block by block: an independent calculation to hold the package against."""
 
 import numpy as np
+from scipy.fft import dctn, idctn
 
 
 def output_major(leaf):
@@ -36,3 +37,110 @@ def quantize(flat, block_size, low_bits=4, high_bits=8, threshold=0.05, header_d
     """All blocks of a flat float32 array, the last one short."""
     starts = range(0, flat.size, block_size)
     return [quantize_block(flat[i : i + block_size], low_bits, high_bits, threshold, header_dtype) for i in starts]
+
+
+# The multilevel codec and the transformed orders, from their descriptions alone. All in float64.
+
+
+def multilevel_grid(header, step):
+    """Width, half-range and middle of the block with this header byte."""
+    r, offset = divmod(int(header), 8)
+    if header == 0:
+        return 0, 0.0, 0.0
+    if r == 0:
+        return 8, step * 2.0 ** (8 + offset * (offset - 1) / 4), 0.0
+    half = step * 2.0 ** (r / 4)
+    return r // 4 + 1, half, half * (2 * offset - 7) * 5 / 128
+
+
+def multilevel_levels(header, step, centre=0.0, width=None):
+    """What the codes of a block stand for: `2 ** width` weights, ascending. Without payload, one."""
+    own, half, middle = multilevel_grid(header, step)
+    n = 2 ** (own if width is None else width)
+    u = (2 * np.arange(n) + 1 - n) / n
+    return centre + middle + half * (0.75 * u + 0.25 * u**3)
+
+
+def nearest(levels, block):
+    """Index of the nearest of ascending levels for each weight."""
+    return np.searchsorted((levels[1:] + levels[:-1]) / 2, block)
+
+
+def multilevel_costs(blocks, step, centre, slope, bits_per_width):
+    """Squared error plus slope times bits of each block, for each of the 256 headers: `[256, blocks]`."""
+    costs = []
+    for header in range(256):
+        levels = multilevel_levels(header, step, centre)
+        errors = blocks - levels[nearest(levels, blocks)]
+        costs.append((errors**2).sum(1) + slope * bits_per_width * multilevel_grid(header, step)[0])
+    return np.array(costs)
+
+
+def unpacked_rows(plane, bits, block_size):
+    """The codes in the rows of a plane: words cut into runs of J, code `j + i * J` of a run in bits `i * bits`."""
+    rows, words = plane.shape
+    run, lanes = np.gcd(words, 8), 8 * plane.itemsize // bits
+    shifts = bits * np.arange(lanes, dtype=plane.dtype)
+    fields = plane.reshape(rows, words // run, 1, run) >> shifts[:, None] & plane.dtype.type(2**bits - 1)
+    return fields.reshape(rows, words * lanes)[:, :block_size].astype(np.int64)
+
+
+def codes_of(planes, widths, possible, block_size):
+    """The codes of blocks: each plane holds the next bits, most significant first, of the blocks that have them."""
+    codes, end, planes = np.zeros((len(widths), block_size), np.int64), 0, iter(planes)
+    for width in possible:
+        for bits in (8, 4, 2, 1):
+            if (width - end) & bits:
+                end += bits
+                present = widths >= end
+                codes[present] = codes[present] << bits | unpacked_rows(np.asarray(next(planes)), bits, block_size)
+    return codes
+
+
+def multilevel_codes(tensor):
+    """The codes of all blocks of a packed leaf."""
+    width = tensor.codec.width
+    headers = np.asarray(tensor.header["header"])
+    widths = np.array([multilevel_grid(h, 1.0)[0] if width is None else width for h in headers], np.int64)
+    return codes_of(tensor.planes, widths, range(9) if width is None else (width,), tensor.codec.block_size)
+
+
+def multilevel_blocks(tensor):
+    """The weights of all blocks of a packed leaf, in the order of the blocks."""
+    step, centre = (float(np.asarray(tensor.header[name])[0]) for name in ("step", "centre"))
+    grids = [multilevel_levels(h, step, centre, tensor.codec.width) for h in np.asarray(tensor.header["header"])]
+    return np.array([levels[codes] for levels, codes in zip(grids, multilevel_codes(tensor), strict=True)])
+
+
+def run_of(ndim, order):
+    """Axes in the order in which the weights run, and how many of the first are transformed."""
+    axes = list(range(ndim))
+    channels, taps = (axes[:2], axes[2:]) if order.startswith("stored") else (axes[::-1][:2], axes[:-2])
+    return (taps + channels, len(taps)) if order.endswith("taps") else (channels + taps, 0)
+
+
+def flattened(leaf, order):
+    """The numbers that run through the blocks of a leaf."""
+    run, taps = run_of(np.ndim(leaf), order)
+    placed = np.asarray(leaf, np.float64).transpose(run)
+    return (dctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).reshape(-1)
+
+
+def unflattened(flat, shape, order):
+    """The leaf through whose blocks these numbers run; inverse of `flattened`."""
+    run, taps = run_of(len(shape), order)
+    placed = np.reshape(flat, [shape[axis] for axis in run])
+    return (idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed).transpose(np.argsort(run))
+
+
+def multilevel_decoded(tensor):
+    """The weights of a packed leaf."""
+    size = int(np.prod(tensor.shape))
+    return unflattened(multilevel_blocks(tensor).reshape(-1)[:size], tensor.shape, tensor.order)
+
+
+def sqnr_db(original, decoded):
+    """Signal to quantization noise; infinite without noise."""
+    original, decoded = np.asarray(original, np.float64), np.asarray(decoded, np.float64)
+    noise = ((original - decoded) ** 2).sum()
+    return 10 * np.log10((original**2).sum() / noise) if noise else np.inf

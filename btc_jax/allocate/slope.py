@@ -129,6 +129,8 @@ class _Problem:
             met, missed, step = missed, self._inside(missed + step), 2 * step
         if excess(missed) <= 0:
             return missed  # more than enough even there
+        if excess(met) > 0:
+            return met  # out of reach, and nobody asked for it
         for i in range(40):
             if -_TOLERANCE <= excess(met) <= 0 or abs(met - missed) < 1e-5:
                 break

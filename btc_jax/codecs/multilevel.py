@@ -182,7 +182,7 @@ class Multilevel(Codec):
         unit, step = setting["unit"], setting["step"] / setting["unit"]
         first, last = _WINDOW[self.effort]
         tried = OFFSETS if self.effort == "exhaustive" else 2
-        regular, escapes = (last + 1 - first) * tried, OFFSETS - 1 if self.effort == "exhaustive" else 1
+        regular, escapes = (last + 1 - first) * tried, OFFSETS - 1 if self.effort == "exhaustive" else 2
 
         def search(blocks: Array) -> Array:
             x = (blocks - setting["centre"]) / unit
@@ -192,7 +192,7 @@ class Multilevel(Codec):
                 r = jnp.clip(natural + (first + i // tried), 1, TOP) * OFFSETS
                 near = middle / (step * _take(_HALVES, r) * _SPACING) + (OFFSETS - 1) / 2
                 offset = (jnp.floor(near).astype(jnp.int32) if tried < OFFSETS else 0) + i % tried
-                beyond = escape if escapes == 1 else i - regular + 1
+                beyond = jnp.maximum(escape - (i - regular), 1) if escapes == 2 else i - regular + 1
                 return jnp.where(i < regular, r + jnp.clip(offset, 0, OFFSETS - 1), beyond).astype(jnp.uint8)
 
             def body(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
