@@ -22,6 +22,7 @@ _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, w
 _IN_SHELL = (
     (r"Name the leaves in a policy.*", "Name leaves with --rule '*weight=64', or lower --min-size"),
     (r"Rule\('(.*?)', None\)", r"--rule '\1=dense'"),
+    (r"^(bits|size|rmse|sqnr)(_db)? (of|is) ", r"--\1 \3 "),
     (r"it is no compressed checkpoint$", "it is no compressed checkpoint; `btc quantize` makes one"),
 )
 """What messages for programmers are at a prompt."""

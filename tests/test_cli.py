@@ -364,11 +364,11 @@ def wrong_options():
     yield "--block-size", ("--blok-size", "3")
     yield "--threshold 'x' is no number, 'inf' or 'auto'", ("--threshold", "x")
     yield "bits=4.0 and size='9KB' are given", ("--bits", "4", "--size", "9KB")
-    yield "bits is nan", ("--bits", "nan")
+    yield "btc: --bits is nan", ("--bits", "nan")
     yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
     yield "btc plan --help", ("--bits", "x")
-    yield "size is '9QB'", ("--size", "9QB")
-    yield "sqnr_db is 0.0", ("--sqnr", "0")
+    yield "btc: --size is '9QB'", ("--size", "9QB")
+    yield "btc: --sqnr is 0.0", ("--sqnr", "0")
     yield "--codec 'foo' is unknown; it can be uniform or multilevel", ("--codec", "foo")
     yield "--threshold is an option of --codec uniform, and a target", ("--threshold", "auto", "--bits", "5")
     yield "--low-bits is an option of --codec uniform, not of multi", ("--low-bits", "3", "--codec", "multilevel")
@@ -388,7 +388,7 @@ def wrong_options():
     yield "weight 'much' is no number", ("--rule", "head*=weight:much", "--bits", "4")
     yield "weight is -1.0; it must be a positive number", ("--rule", "head*=weight:-1", "--bits", "4")
     yield "bits of 0.1 cannot be reached", ("--bits", "0.1", "--measure")
-    yield "bits of 9 cannot be reached", ("--bits", "9", "--measure")
+    yield "btc: --bits of 9 cannot be reached", ("--bits", "9", "--measure")
 
 
 class TestOneLine:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import btc_jax
 from btc_jax import BTCPolicyError, Multilevel, Policy, Rule, Uniform, compress_file, plan_file, restore_file
 from btc_jax.sources import SafetensorsSource
-from btc_jax.stream import compress
+from btc_jax.stream import plan as plan_module
 
 TORCH = {
     "conv.weight": (8, 8, 9, 9),
@@ -453,8 +453,9 @@ def test_two_runs_for_a_target_do_not_disturb_each_other(source, tmp_path, monke
         monkeypatch.undo()
         with pytest.raises(BlockingIOError, match="another process is writing"):
             compress_file(source, tmp_path / "q.safetensors", bits=4)
-        return compress.choose(*given, **options)
+        return choose(*given, **options)
 
-    monkeypatch.setattr(compress, "choose", second_run)
+    choose = plan_module.choose
+    monkeypatch.setattr(plan_module, "choose", second_run)
     compress_file(source, tmp_path / "q.safetensors", bits=4)
     assert btc_jax.verify(tmp_path / "q.safetensors").ok

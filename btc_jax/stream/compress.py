@@ -1,22 +1,16 @@
 """Checkpoint files of other systems into compressed ones, one leaf at a time."""
 
-import ctypes
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from btc_jax._typing import Array, PyTree
-from btc_jax.allocate import Choice, Target, target_of
+from btc_jax.allocate import Choice, target_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import LeafRecord, canonical
@@ -24,17 +18,14 @@ from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.write import StoredLeaf, check_target, real_path, write_leaves
 from btc_jax.codecs import Codec
 from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storage_of
-from btc_jax.plan import Plan, plan_of
 from btc_jax.policy import Decision, Policy
-from btc_jax.sources import Source, SourceLeaf, open_source
-from btc_jax.stream.container import container_nbytes
+from btc_jax.sources import open_source
 from btc_jax.stream.parts import Parts
+from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested, policy_of
 from btc_jax.tensor import quantize_leaf
-from btc_jax.tree import choose, decide, leaf_nbytes, one_policy, refuse_nothing_to_do
+from btc_jax.tree import decide, leaf_nbytes, refuse_nothing_to_do
 
-PathLike = str | os.PathLike[str]
 OnLeaf = Callable[[str, int], None]
-_NAMES = ("kernel", "embedding", "weight", "*.kernel", "*.embedding", "*.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,44 +52,6 @@ class Compressed:
     rmse: float
     sqnr_db: float
     seconds: float
-
-
-def file_policy(codec: Codec | None = None, *, torch_layout: bool = False, target: Target | None = None) -> Policy:
-    """The default policy for files: leaves named `kernel`, `embedding` or `weight`, also after a dot.
-
-    Kernels in PyTorch's layout (out, in, kh, kw) run as they are stored, which is output-major there.
-    """
-    order = "stored" if torch_layout else None
-    return dataclasses.replace(one_policy(codec, None, target), names=_NAMES, order=order)
-
-
-def plan_file(
-    source: PathLike,
-    codec: Codec | None = None,
-    *,
-    policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
-    measure: bool = False,
-) -> Plan:
-    """What `compress_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
-
-    Args: as for `compress_file` and `btc_plan`.
-
-    Raises:
-        ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
-        BTCPolicyError: a rule fits no leaf.
-    """
-    target = target_of(bits, size, rmse, sqnr_db)
-    with open_source(source) as opened:
-        tree, policy = _nested(opened.leaves), _policy(opened, codec, policy, target)
-        leaves, decisions, _ = decide(tree, policy)
-        if not measure:
-            return plan_of(leaves, decisions, [None] * len(leaves))
-        lazy = _lazy(opened, leaves, decisions)
-        return plan_of(lazy, decisions, _choices(lazy, decisions, policy, target, tree))
 
 
 def compress_file(
@@ -140,12 +93,12 @@ def compress_file(
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = _nested(opened.leaves), _policy(opened, codec, policy, goal)
+        tree, policy = nested(opened.leaves), policy_of(opened, codec, policy, goal)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
-        lazy = _lazy(opened, leaves, decisions)
+        lazy = lazy_leaves(opened, leaves, decisions)
         with Parts(target) as parts:
-            choices = _choices(lazy, decisions, policy, goal, tree, target if max_shard_bytes else None)
+            choices = choices_of(lazy, decisions, policy, goal, tree, target if max_shard_bytes else None)
             parts.open(_identity(fingerprint, decisions, choices))
             resumed = sum(_finish(parts, i, *pair, on_leaf) for i, pair in enumerate(zip(lazy, choices, strict=True)))
             if opened.fingerprint() != fingerprint:
@@ -172,42 +125,7 @@ def refuse_source(target: Path, files: Sequence[Path]) -> None:
         raise ValueError(f"{target} is the source, or a part of it; name another file")
 
 
-class _LazyLeaf:
-    """A leaf of an open source: its values are read whenever they are asked for, and not kept."""
-
-    def __init__(self, source: Source, path: str, leaf: jax.ShapeDtypeStruct):
-        self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
-        self.nbytes = leaf_nbytes(leaf)
-
-    def read(self) -> np.ndarray:
-        _trim_heap()
-        return self._source.read(self.path)
-
-    def __jax_array__(self) -> Array:
-        return jnp.asarray(self.read())
-
-
-def _lazy(source: Source, leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[_LazyLeaf]:
-    return [_LazyLeaf(source, how.path, leaf) for leaf, how in zip(leaves, decisions, strict=True)]
-
-
-def _choices(
-    leaves: Sequence[_LazyLeaf],
-    decisions: Sequence[Decision],
-    policy: Policy,
-    target: Target | None,
-    tree: PyTree,
-    shards_of: Path | None = None,
-) -> list[Choice | None]:
-    """As `choose`; for a target of size the headers of the files count as one more dense leaf."""
-    if target is None or target.kind != "size":
-        return choose(leaves, decisions, target, policy.balance)
-    header = SimpleNamespace(nbytes=container_nbytes(tree, leaves, decisions, shards_of))
-    beside = Decision("the header of the file", None, "stored", "header")
-    return choose([*leaves, header], [*decisions, beside], target, policy.balance)[:-1]
-
-
-def _finish(parts: Parts, i: int, leaf: _LazyLeaf, choice: Choice | None, on_leaf: OnLeaf | None) -> bool:
+def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Choice | None, on_leaf: OnLeaf | None) -> bool:
     """Makes sure that a leaf is among the parts, and says whether it already was."""
     finished = parts.has(i)
     if not finished:
@@ -241,41 +159,6 @@ def _total(records: Iterable[LeafRecord]) -> tuple[Measures, int]:
             storage += Storage(weights=weights, nbytes=record.nbytes)
             error, packed = error + Error(signal, noise, own["largest_error"]), packed + 1
     return Measures.of(storage, error), packed
-
-
-def _trim_heap() -> None:
-    """Gives freed memory back to the system: glibc keeps pieces of it, and those of large leaves add up."""
-    with suppress(OSError, AttributeError):  # only glibc has this
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _policy(source: Source, codec: Codec | None, policy: Policy | None, target: Target | None) -> Policy:
-    if policy is None:
-        return file_policy(codec, torch_layout=source.torch_layout, target=target)
-    policy = one_policy(codec, policy)
-    return dataclasses.replace(policy, order=policy.order or ("stored" if source.torch_layout else None))
-
-
-def _nested(leaves: Sequence[SourceLeaf]) -> PyTree:
-    """Nested dicts of shapes and dtypes, by the paths of leaves.
-
-    Raises:
-        ValueError: two paths conflict, or the source is a compressed checkpoint.
-    """
-    if any(leaf.path.endswith(("#plane0", "#header")) for leaf in leaves):
-        raise ValueError(
-            "the source is a compressed checkpoint already; restore it first to compress it in another way"
-        )
-    tree: dict[str, Any] = {}
-    for leaf in leaves:
-        *folders, name = leaf.path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {}) if isinstance(node, dict) else node
-        if not isinstance(node, dict) or name in node:
-            raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths")
-        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return tree
 
 
 def _identity(fingerprint: str, decisions: Sequence[Decision], choices: Sequence[Choice | None]) -> str:

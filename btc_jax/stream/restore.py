@@ -2,7 +2,6 @@
 
 import errno
 import math
-import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ from btc_jax.checkpoint.manifest import CODES, canonical
 from btc_jax.checkpoint.read import Checkpoint, open_checkpoint
 from btc_jax.checkpoint.write import index_of, real_path
 from btc_jax.stream.compress import OnLeaf, refuse_source
+from btc_jax.stream.plan import PathLike
 
 
-def restore_file(path: str | os.PathLike[str], target: str | os.PathLike[str], *, on_leaf: OnLeaf | None = None) -> int:
+def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = None) -> int:
     """Decodes a checkpoint into a plain safetensors file with the original names and dtypes; returns its bytes.
 
     Raises:
