@@ -12,7 +12,18 @@ pytest.importorskip("optax")
 import btc_jax
 from examples import quickstart
 
-ROWS = ["float32", "BTC 32", "BTC 64", "BTC 128", "BTC 256", "multi 4.5", "multi 3.5", "uniform8", "percentile8", "absmax4"]
+ROWS = [
+    "float32",
+    "BTC 32",
+    "BTC 64",
+    "BTC 128",
+    "BTC 256",
+    "multi 4.5",
+    "multi 3.5",
+    "uniform8",
+    "percentile8",
+    "absmax4",
+]
 
 
 def run(*options: str):
