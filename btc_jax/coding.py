@@ -36,6 +36,7 @@ def pack(
         ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
     leaf = jnp.asarray(leaf)
+    codec, slope = codec.traced(slope)
     rows, widths, header, finite, counts = _encode(leaf, _number(slope), codec, order)
     finite, counts = bool(finite), tuple(counts.tolist())
     if not finite:
@@ -59,10 +60,15 @@ def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...],
     return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
 def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: ArrayLike = 0.0) -> Float[Array, "..."]:
     """`unpack(pack(leaf))` in one traced call. Its derivative is the identity (straight-through)."""
-    return _reconstruct(codec, order, leaf, _number(slope))
+    codec, slope = codec.traced(slope)
+    return _reconstructed(leaf, _number(slope), codec, order)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def _reconstructed(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
+    return _reconstruct(codec, order, leaf, slope)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
@@ -104,9 +110,14 @@ def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
     return planes + sum(math.prod(array.shape) * array.dtype.itemsize for array in header)
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
 def count_widths(leaf: Float[Array, "..."], slope: ArrayLike, codec: Codec, order: Order) -> Array:
     """How many blocks have each of `codec.widths`; much cheaper than packing."""
+    codec, slope = codec.traced(slope)
+    return _counted(leaf, _number(slope), codec, order)
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "order"))
+def _counted(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
     matrices = _parts(leaf, codec, order)
     setting = codec.tune(matrices, slope)
     return _histogram(jnp.concatenate([codec.encode(part, setting).widths for part in matrices]), codec)

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,10 +32,9 @@ class Rule:
 
     Args:
         pattern: a glob over the whole path, in which `*` also spans `/` (`"encoder/*/kernel"`); or, after `re:`, a
-        regular
-            expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
+            regular expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
         codec: how matching leaves are coded; `None` leaves them dense.
-        order: how their weights run through the blocks; `None` leaves it to the policy.
+        order: how their weights run through the blocks, just so; `None` leaves it to the policy.
         weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
 
     Raises:
@@ -52,7 +52,7 @@ class Rule:
         if not isinstance(self.codec, Codec | None):
             raise BTCPolicyError(f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec or None")
         _check_order(self.order)
-        if not (isinstance(self.weight, float | int) and 0 < self.weight < math.inf):
+        if not (_is_number(self.weight) and 0 < self.weight < math.inf):
             raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
         try:
             self.matches("")
@@ -153,7 +153,7 @@ class Policy:
             raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform()")
         if not all(isinstance(rule, Rule) for rule in self.rules):
             raise BTCPolicyError(f"rules are {self.rules!r}; each must be a Rule(pattern, codec)")
-        if not (isinstance(self.balance, float | int) and 0 <= self.balance <= 2):
+        if not (_is_number(self.balance) and 0 <= self.balance <= 2):
             raise BTCPolicyError(f"balance is {self.balance!r}; it must be a number from 0 to 2")
         _check_order(self.order)
 
@@ -185,7 +185,9 @@ class Policy:
             obstacle = obstacle or self._not_by_default(leaf)
         order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
         reason = obstacle or (f"rule {number}" if number else "default")
-        return Decision(leaf.path, None if obstacle else rule.codec, order, reason, self.taps, rule.weight)
+        return Decision(
+            leaf.path, None if obstacle else rule.codec, order, reason, self.taps and not rule.order, rule.weight
+        )
 
     def _first_match(self, path: str) -> int:
         """Number of the rule that decides a path, from 1; 0 is the default."""
@@ -229,6 +231,10 @@ def _nearest(rule: Rule, leaves: Sequence[LeafSpec]) -> str:
         return "the tree is empty"
     near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3) or paths[:3]
     return f"there are {len(paths)} leaves, such as {', '.join(near)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _check_order(order: str | None) -> None:

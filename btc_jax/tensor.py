@@ -165,7 +165,9 @@ def quantize_leaf(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
     array = _gathered(jnp.asarray(leaf))
-    if codec.adaptive and slope is None:
+    if slope is not None and not 0 <= slope < 1e30:
+        raise ValueError(f"{path}: slope is {slope!r}; it must be a number from 0 to 1e30")
+    if codec.candidates != (codec,) or (codec.adaptive and slope is None):
         item = Item(path, lambda: array, array.shape, codec, order)
         (choice,), _ = allocate([item], usual_target([codec]), balance=0)
         codec, slope = choice.codec, choice.slope

@@ -39,7 +39,7 @@ def btc_quantize(
     packed already pass through untouched.
 
     With a target the bits are shared out over the whole tree for the least error; without one, codecs that adapt to a
-    target (`Multilevel`, and `Uniform(threshold="auto")`) come to 4.5 bits.
+    target come to a usual one: `Multilevel` to 4.5 bits, `Uniform(threshold="auto")` to 5.5 with blocks of 64.
 
     Args:
         params: a pytree of jax or numpy arrays.
@@ -184,7 +184,7 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
 def choose(
     leaves: Sequence[Any], decisions: Sequence[Decision], target: Target | None, balance: float
 ) -> list[Choice | None]:
-    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs come to 4.5 bits.
+    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
 
     Args:
         leaves: arrays, packed leaves, or functions that give the values of a leaf.

@@ -48,15 +48,24 @@ def multilevel_grid(header, step):
     if header == 0:
         return 0, 0.0, 0.0
     if r == 0:
-        return 8, step * 2.0 ** (8 + offset * (offset - 1) / 4), 0.0
+        half = step * 2.0 ** (8 + offset * (offset - 1) / 4)
+        return 8, half, escaped_middle(half, 8)
     half = step * 2.0 ** (r / 4)
     return r // 4 + 1, half, half * (2 * offset - 7) * 5 / 128
+
+
+def escaped_middle(half, width):
+    """Where a grid has to lie for its code n / 2 to be the centre."""
+    n = 2**width
+    return -half * (0.75 / n + 0.25 / n**3) if width else 0.0
 
 
 def multilevel_levels(header, step, centre=0.0, width=None):
     """What the codes of a block stand for: `2 ** width` weights, ascending. Without payload, one."""
     own, half, middle = multilevel_grid(header, step)
     n = 2 ** (own if width is None else width)
+    if 0 < header < 8 and width is not None:
+        middle = escaped_middle(half, width)
     u = (2 * np.arange(n) + 1 - n) / n
     return centre + middle + half * (0.75 * u + 0.25 * u**3)
 

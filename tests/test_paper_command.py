@@ -70,13 +70,19 @@ def test_the_whole_command_and_going_on_after_an_interrupt(small, tmp_path, monk
         monkeypatch.setitem(methods.METHODS, name, counted)
     finished = run(small)
     assert finished.exit_code == 0, finished.output
-    assert "8 rows computed, 2 kept from before" in finished.output
-    assert calls == ["uniform8", "percentile8", "float32", "uniform8"]  # the last two for the configurations
+    assert "9 rows computed, 2 kept from before" in finished.output
+    assert calls == [
+        "uniform8",
+        "percentile8",
+        "Multilevel",
+        "float32",
+        "uniform8",
+    ]  # the last two for the configurations
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
     again = run(small)
-    assert "0 rows computed, 10 kept from before" in again.output
-    assert len(calls) == 4
+    assert "0 rows computed, 11 kept from before" in again.output
+    assert len(calls) == 5
     check_output(tmp_path / "out", finished.output)
 
 
@@ -176,7 +182,7 @@ def test_every_table_has_its_rows(tmp_path):
         assert table.rows
         assert all(len(row) == len(table.columns) for row in table.rows)
     second = shown["Table 2"]
-    assert [row[:2] for row in second.rows[:6]] == [["ResNet20", m] for m in (*methods.METHODS, "New")] + [
+    assert [row[:2] for row in second.rows[:7]] == [["ResNet20", m] for m in (*methods.METHODS, "New")] + [
         ["ResNet32", "float32"]
     ]
     assert second.rows[1] == [

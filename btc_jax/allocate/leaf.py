@@ -11,9 +11,12 @@ from btc_jax import coding
 from btc_jax._typing import Array, Order
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import Codec
+from btc_jax.codecs.base import root_mean_square
 
 _SAMPLE = 2**16
 """Weights of a leaf that are looked at while the slope is searched for; all of them only to make sure at the end."""
+_LIKE = 0.05
+"""Part by which the root mean square of those may differ from that of all."""
 _LOUD = 64
 """Times the median block that a block counts at most in the scale of its leaf, so that an outlier does not set it."""
 _PAYS = 0.98
@@ -129,7 +132,10 @@ class Leaf:
         if parts[0].shape[0] <= 2 * rows:
             return parts
         chosen = np.sort(np.random.default_rng(0).choice(parts[0].shape[0], rows, replace=False))
-        return [parts[0][chosen]]
+        sample = [parts[0][chosen]]
+        rms = float(root_mean_square(sample))
+        # Where a few loud blocks make the error, some blocks do not speak for all.
+        return sample if abs(rms - self.rms) <= _LIKE * self.rms else parts
 
     def _better(self, plain: Order, taps: Order) -> Order:
         """The order of less cost where it has about 4 bits."""

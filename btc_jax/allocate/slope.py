@@ -3,12 +3,15 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 from btc_jax.allocate.leaf import Choice, Cost, Item, Leaf
 from btc_jax.allocate.target import Target
 
 _LOWEST, _HIGHEST = -26.0, 6.0
 """Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
+_SHARES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
+"""Where between those the best and the worst error are looked for."""
 _STARVED = 3.0
 """Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
 _TOLERANCE = 0.003
@@ -42,6 +45,8 @@ def allocate(
     limit = equal.solve(whole=False) + _STARVED
     problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
     octave = problem.solve(whole=True, near=problem.solve(whole=False))
+    if target.named and problem.excess(octave, whole=True) > 1e-9:
+        problem.refuse(*problem.reach(whole=True))
     return problem.choices(octave), problem.costs(octave, whole=True)
 
 
@@ -101,18 +106,27 @@ class _Problem:
     def refuse_unreachable(self) -> None:
         """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
         kind, wanted, _ = self.target
-        best, least = (self.value(octave, whole=False) for octave in (self.lowest, self.highest))
-        low, high = min(best, least), max(best, least)
-        if kind in ("bits", "size"):
-            nbytes = sum(leaf.most for leaf in self.leaves)
-            high = 8 * nbytes / self.weights if kind == "bits" else nbytes + self.nbytes_beside
+        low, high = self.reach(whole=False)
         too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
         if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
-            form = ",.0f" if kind == "size" else ".4g"
-            raise ValueError(
-                f"{kind} of {wanted:{form}} cannot be reached: these leaves and codecs reach from {low:{form}} to "
-                f"{high:{form}}"
-            )
+            self.refuse(low, high)
+
+    def reach(self, whole: bool) -> tuple[float, float]:
+        """The least and the largest that the target can be about. Where loud blocks escape, more bits can be worse."""
+        if self.target.kind in ("bits", "size"):
+            nbytes = sum(leaf.most for leaf in self.leaves)
+            most = 8 * nbytes / self.weights if self.target.kind == "bits" else nbytes + self.nbytes_beside
+            return self.value(self.highest, whole), most
+        values = [self.value(self.lowest + share * (self.highest - self.lowest), whole) for share in _SHARES]
+        return min(values), max(values)
+
+    def refuse(self, low: float, high: float) -> NoReturn:
+        kind, wanted, _ = self.target
+        form = ",.0f" if kind == "size" else ".4g"
+        raise ValueError(
+            f"{kind} of {wanted:{form}} cannot be reached: these leaves and codecs reach from {low:{form}} to "
+            f"{high:{form}}"
+        )
 
     def solve(self, whole: bool, near: float | None = None) -> float:
         """The power of two of a slope that meets the target and leaves as little of it unused as can be.

@@ -74,6 +74,10 @@ class Codec(abc.ABC):
         """The codec with its rule fixed at a slope, for a leaf of this root mean square: no longer adaptive."""
         return self
 
+    def traced(self, slope: ArrayLike) -> "tuple[Codec, ArrayLike]":
+        """The codec without a slope of its own, and that or the given one: another number is not another program."""
+        return self, slope
+
     @property
     def stored(self) -> "Codec":
         """The codec without what only encoding needs: packed leaves that decode alike have equal ones."""

@@ -38,6 +38,8 @@ _HALVES = np.where(_WIDTHS > 0, 2.0 ** np.where(_RANGE > 0, _RANGE / OCTAVE, _ES
 _MIDDLES = np.where(_RANGE > 0, (_OFFSET - (OFFSETS - 1) / 2) * _SPACING, 0).astype(np.float32)
 """Middle, over the half-range."""
 _LEVELS = (2.0 ** np.arange(9)).astype(np.float32)
+_ON_A_LEVEL = np.where(_LEVELS > 1, -(0.75 / _LEVELS + 0.25 / _LEVELS**3), 0).astype(np.float32)
+"""Middle of an escaped block by its width: a level lies on the centre, for the weights that are no outliers."""
 
 _RATIO = 2.25
 """Smallest step over the root of the slope. For an even error it would be sqrt(6 / log(2)) = 2.9 for the middle of the
@@ -58,8 +60,8 @@ class Multilevel(Codec):
     The header of a block is one byte, a range of 5 bits and an offset of 3. A range `r` from 1 to 31 is a half-range of
     `step * 2 ** (r / 4)` and implies the width `r // 4 + 1`; so the grid of every block has one of four steps. Range 0
     is a block without payload if its offset is 0. Otherwise the offset `e` tells how far beyond the others the range
-    is: `step * 2 ** (8 + e * (e - 1) / 4)`, with 8 bits, for the rare outlier. `step` and `centre` are two numbers a
-    leaf.
+    is: `step * 2 ** (8 + e * (e - 1) / 4)`, with 8 bits and a level on the centre, for the rare outlier. `step` and
+    `centre` are two numbers a leaf.
 
     With `n = 2 ** width`, code `q` is the level `u = (2 * q + 1 - n) / n`, from -1 to 1, and the weight
     `centre + half_range * (0.75 * u + 0.25 * u ** 3 + (2 * offset - 7) * 5 / 128)`. The cubic sets levels closer in the
@@ -108,6 +110,8 @@ class Multilevel(Codec):
             if self.width is not None:
                 raise ValueError(f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one")
             object.__setattr__(self, "slope", positive("slope", self.slope))
+            if not 1e-30 <= self.slope <= 1e30:
+                raise ValueError(f"slope is {self.slope!r}; it can be 1e-30 to 1e30")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -119,6 +123,9 @@ class Multilevel(Codec):
 
     def fixed(self, slope: float, rms: float) -> "Multilevel":
         return self if isinstance(self.width, int) else dataclasses.replace(self, slope=slope)
+
+    def traced(self, slope: ArrayLike) -> tuple[Codec, ArrayLike]:
+        return (self, slope) if self.slope is None else (dataclasses.replace(self, slope=None), self.slope)
 
     def to_json(self) -> dict[str, Any]:
         # What only encoding needs is left out where it is as usual, and so out of files.
@@ -148,8 +155,10 @@ class Multilevel(Codec):
         # Blocks below the step become zero anyway, and must not pull the mean down.
         logs = [jnp.log2(jnp.maximum(_largest(part - centre) / unit, jnp.maximum(lowest, 2.0**-20))) for part in parts]
         middle = functools.reduce(jnp.add, [log.sum() for log in logs]) / max(sum(log.size for log in logs), 1)
-        # The widths end at 8: the ranges are moved up until all but a few blocks find theirs.
+        # The widths end at 8: ranges are moved up until most blocks find theirs, and the last escape holds the rest.
+        loudest = functools.reduce(jnp.maximum, [_largest(part - centre).max(initial=0) for part in parts]) / unit
         step = jnp.maximum(lowest, jnp.exp2(middle + (0.5 if self.width is None else 3) - TOP / OCTAVE))
+        step = jnp.maximum(step, loudest / float(_HALVES[OFFSETS - 1]))
         fits = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts]) <= _LARGEST
         step = jnp.where(fits, jnp.maximum(step * unit, _TINY), jnp.nan)
         return {"centre": centre, "step": step, "unit": unit, "slope": slope}
@@ -227,7 +236,9 @@ def _take(table: np.ndarray, index: Array) -> Array:
 
 def _grid(header: UInt8[Array, " blocks"], widths: UInt8[Array, " blocks"], step: Array) -> tuple[Array, Array, Array]:
     """Of each block the half-range, the middle over the half-range, and the number of levels, in float32."""
-    return step * _take(_HALVES, header), _take(_MIDDLES, header), _take(_LEVELS, widths)
+    escaped = (header > 0) & (header < OFFSETS)
+    middle = jnp.where(escaped, _take(_ON_A_LEVEL, widths), _take(_MIDDLES, header))
+    return step * _take(_HALVES, header), middle, _take(_LEVELS, widths)
 
 
 def _suggested(x: Float[Array, "blocks size"], step: Array) -> tuple[Array, Array, Array]:

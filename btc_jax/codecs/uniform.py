@@ -23,6 +23,8 @@ _ROUND = 1.5 * 2**23
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+
 _SPREAD = 4.4
 """Range of a block of 32 to 64 Gaussian weights over their standard deviation."""
 
@@ -103,7 +105,8 @@ class Uniform(Codec):
         return self.low_bits + (self.high_bits - self.low_bits) / 4 + header / self.block_size
 
     def fixed(self, slope: float, rms: float) -> "Uniform":
-        return dataclasses.replace(self, threshold=rms * math.sqrt(slope * self._worth)) if self.adaptive else self
+        threshold = max(rms * math.sqrt(slope * self._worth), _TINY)
+        return dataclasses.replace(self, threshold=threshold) if self.adaptive else self
 
     @property
     def _worth(self) -> float:
@@ -122,7 +125,8 @@ class Uniform(Codec):
         """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
         if self.threshold != "auto":
             return {"threshold": jnp.float32(self.threshold)}
-        return {"threshold": jnp.sqrt(jnp.asarray(slope, jnp.float32) * self._worth) * root_mean_square(parts)}
+        threshold = jnp.sqrt(jnp.asarray(slope, jnp.float32) * self._worth) * root_mean_square(parts)
+        return {"threshold": jnp.maximum(threshold, _TINY)}  # zeros are not wide
 
     def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         statistics = functools.partial(self._statistics, setting["threshold"])

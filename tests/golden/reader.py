@@ -66,9 +66,10 @@ def _multilevel(codec: dict[str, Any], blocks: int, arrays: dict[str, np.ndarray
     width = free if codec["width"] is None else np.full(blocks, codec["width"])
     octaves = np.where(r > 0, r / 4, 8 + e * (e - 1) / 4)
     half = np.where((r > 0) | (e > 0), float(arrays["step"][0]) * 2.0**octaves, 0)[:, None]
-    middle = np.where(r > 0, (2 * e - 7) * 5 / 128, 0)[:, None]
-    widths = list(range(9)) if codec["width"] is None else [codec["width"]]
     n = 2.0 ** width[:, None]
+    escaped = np.where(n[:, 0] > 1, -(0.75 / n[:, 0] + 0.25 / n[:, 0] ** 3), 0)
+    middle = np.where(r > 0, (2 * e - 7) * 5 / 128, np.where(e > 0, escaped, 0))[:, None]
+    widths = list(range(9)) if codec["width"] is None else [codec["width"]]
     u = (2 * _codes(widths, width, codec["block_size"], arrays) + 1 - n) / n
     return float(arrays["centre"][0]) + half * (0.75 * u + 0.25 * u**3 + middle)
 
