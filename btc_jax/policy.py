@@ -186,7 +186,12 @@ class Policy:
         order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
         reason = obstacle or (f"rule {number}" if number else "default")
         return Decision(
-            leaf.path, None if obstacle else rule.codec, order, reason, self.taps and not rule.order, rule.weight
+            leaf.path,
+            None if obstacle else rule.codec,
+            order,
+            reason,
+            self.taps and not (number and rule.order),
+            rule.weight,
         )
 
     def _first_match(self, path: str) -> int:

@@ -15,6 +15,8 @@ from btc_jax.codecs.base import root_mean_square
 
 _SAMPLE = 2**16
 """Weights of a leaf that are looked at while the slope is searched for; all of them only to make sure at the end."""
+_GRAIN = 4096
+"""Slopes tried in an octave: 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
 _LIKE = 0.05
 """Part by which the root mean square of those may differ from that of all."""
 _LOUD = 64
@@ -96,7 +98,8 @@ class Leaf:
 
     def choice(self, octave: float) -> Choice:
         """The candidate codec of least error plus slope times bits, at a power of two of the square of the scale."""
-        slope = 2.0**octave * ((self.scale / self.rms) ** 2 if self.rms else 1.0)
+        octave += 2 * math.log2(self.scale / self.rms) if self.scale else 0.0
+        slope = 2.0 ** (round(octave * _GRAIN) / _GRAIN)
         codecs = self.item.codec.candidates
         if len(codecs) == 1:
             return Choice(codecs[0], self.order, slope, self.rms)

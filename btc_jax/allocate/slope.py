@@ -134,6 +134,12 @@ class _Problem:
         Bits fall as the slope rises, and errors rise. Regula falsi, made sure by halving.
         """
         excess = functools.lru_cache(None)(lambda octave: self.excess(octave, whole))
+        if near is not None:
+            guess = near
+            for _ in range(3):  # each look at all of the weights is dear
+                if -_TOLERANCE <= excess(guess) <= 0:
+                    return guess
+                guess = self._inside(guess - (excess(guess) + _TOLERANCE / 2) / self._rate())
         start = (self.lowest, self.highest) if near is None else (near - 0.25, near + 0.25)
         met, missed = start if self.target.kind in ("rmse", "sqnr_db") else start[::-1]
         step = missed - met
@@ -146,13 +152,19 @@ class _Problem:
         if excess(met) > 0:
             return met  # out of reach, and nobody asked for it
         for i in range(40):
-            if -_TOLERANCE <= excess(met) <= 0 or abs(met - missed) < 1e-5:
+            room = _TOLERANCE if whole else 0.8 * _TOLERANCE  # some blocks speak for all but for a little
+            if -room <= excess(met) <= room - _TOLERANCE or abs(met - missed) < 1e-5:
                 break
             share = (excess(met) + _TOLERANCE / 2) / (excess(met) - excess(missed))
             share = 0.5 if i % 3 == 2 or not 0.01 < share < 0.99 else share
             middle = met + share * (missed - met)
             met, missed = (middle, missed) if excess(middle) <= 0 else (met, middle)
         return met
+
+    def _rate(self) -> float:
+        """What an octave of slope adds to the excess: half a bit less, and half an octave more of error."""
+        bits = self.target.value * (8 / self.weights if self.target.kind == "size" else 1)
+        return 0.5 if self.target.kind in ("rmse", "sqnr_db") else -0.5 / bits
 
     def _inside(self, octave: float) -> float:
         return min(max(octave, self.lowest), self.highest)
