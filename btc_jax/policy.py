@@ -185,14 +185,8 @@ class Policy:
             obstacle = obstacle or self._not_by_default(leaf)
         order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
         reason = obstacle or (f"rule {number}" if number else "default")
-        return Decision(
-            leaf.path,
-            None if obstacle else rule.codec,
-            order,
-            reason,
-            self.taps and not (number and rule.order),
-            rule.weight,
-        )
+        free = self.taps and not (number and rule.order)
+        return Decision(leaf.path, None if obstacle else rule.codec, order, reason, free, rule.weight)
 
     def _first_match(self, path: str) -> int:
         """Number of the rule that decides a path, from 1; 0 is the default."""
