@@ -16,7 +16,7 @@ from btc_jax.codecs.base import root_mean_square
 _SAMPLE = 2**16
 """Weights of a leaf that are looked at while the slope is searched for; all of them only to make sure at the end."""
 _GRAIN = 4096
-"""Slopes tried in an octave: 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
+"""Slopes in an octave, 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
 _LIKE = 0.05
 """Part by which the root mean square of those may differ from that of all."""
 _LOUD = 64
