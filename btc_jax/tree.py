@@ -187,7 +187,7 @@ def choose(
     """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
 
     Args:
-        leaves: arrays, packed leaves, or functions that give the values of a leaf.
+        leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
     """
     taken = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is not None]
     adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
