@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from btc_jax._mesh import automatic, gathered, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
 from btc_jax.blocks import axes, inverse, join, split, tap_sizes, transformed
 from btc_jax.codecs import Codec, Coded, Setting
 from btc_jax.codecs.base import root_mean_square
 from btc_jax.planes import compact, expand, pack_planes, plane_specs, row_layout, unpack_planes
+from btc_jax.seal import SEAL, changed_arrays
 
 Planes = tuple[Array, ...]
+"""A matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows come last."""
 Header = dict[str, Array]
 
 
@@ -35,15 +38,22 @@ def pack(
     Raises:
         ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
-    leaf = jnp.asarray(leaf)
+    array = gathered(jnp.asarray(leaf))
+    planes, header = _packed(array, codec, order, path, slope)
+    return like_leaf((planes, header), leaf)
+
+
+@off_mesh
+def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike) -> tuple[Planes, Header]:
     codec, slope = codec.traced(slope)
-    rows, widths, header, finite, counts = _encode(leaf, _number(slope), codec, order)
-    finite, counts = bool(finite), tuple(counts.tolist())
-    if not finite:
+    rows, widths, header, fits, counts = _encode(leaf, _number(slope), codec, order)
+    fits, counts = bool(fits), tuple(counts.tolist())
+    if not fits:
         raise ValueError(f"{path}: {what_does_not_fit(leaf, codec)}")
     planes = [
         _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
         for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
+        if kept
     ]
     return tuple(planes), header
 
@@ -52,7 +62,7 @@ def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...],
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
-    planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size))
+    planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size), shape)
     decoded = _unpack(planes, header, codec, placed, jnp.float32 if taps else dtype)
     if taps:
         return _from_frequencies(decoded, taps, inverse(permutation), dtype)
@@ -68,15 +78,17 @@ def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: Ar
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
 def _reconstructed(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
-    return _reconstruct(codec, order, leaf, slope)
+    return automatic(lambda leaf: _reconstruct(codec, order, leaf, slope), leaf)
 
 
+@off_mesh
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
 def blocks_of(leaf: Float[Array, "..."], codec: Codec, order: Order) -> list[Float[Array, "_ _"]]:
     """The full blocks and the short last one, each a matrix; at least one, for a leaf of size 0."""
     return _parts(leaf, codec, order)
 
 
+@off_mesh
 @functools.partial(jax.jit, static_argnames="codec")
 def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) -> tuple[Array, Array]:
     """How many blocks would have each of `codec.widths`, and the squared error over the square of the weights."""
@@ -89,6 +101,7 @@ def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) ->
     return _histogram(widths, codec), squares / max(sum(part.size for part in parts), 1)
 
 
+@off_mesh
 @jax.jit
 def mean_squares(parts: list[Float[Array, "_ _"]]) -> list[Float[Array, " _"]]:
     """Of the weights of each block, over that of all of them."""
@@ -96,6 +109,7 @@ def mean_squares(parts: list[Float[Array, "_ _"]]) -> list[Float[Array, " _"]]:
     return [jnp.square(part / signal).mean(1) for part in parts]
 
 
+@off_mesh
 @jax.jit
 def square_sums(leaf: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
     """Sums of the squares of `leaf / scale` over the last axis."""
@@ -107,15 +121,16 @@ def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
     rows = zip(_kept_rows(codec, counts), plane_specs(codec.widths), strict=True)
     planes = sum(kept * row_layout(codec.block_size, spec.bits).nbytes for kept, spec in rows)
     header = codec.stored_header(-(-size // codec.block_size)).values()
-    return planes + sum(math.prod(array.shape) * array.dtype.itemsize for array in header)
+    return planes + sum(math.prod(array.shape) * array.dtype.itemsize for array in header) + SEAL.nbytes
 
 
 def count_widths(leaf: Float[Array, "..."], slope: ArrayLike, codec: Codec, order: Order) -> Array:
     """How many blocks have each of `codec.widths`; much cheaper than packing."""
     codec, slope = codec.traced(slope)
-    return _counted(leaf, _number(slope), codec, order)
+    return _counted(gathered(leaf), _number(slope), codec, order)
 
 
+@off_mesh
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
 def _counted(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
     matrices = _parts(leaf, codec, order)
@@ -146,22 +161,34 @@ _compact = jax.jit(compact, static_argnums=(2, 3))
 def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     """Step 2 of packing, for one plane. On CPU numpy does it, which need not compile for each count of rows."""
     if _on_cpu(rows):
-        return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)], rows.sharding)
+        return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)])
     return _compact(rows, widths, end, count)
 
 
-def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int) -> tuple[Any, ...]:
-    """Planes with a row for every block, or none at all, so that one program fits every mix of widths.
+def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, shape: tuple[int, ...]) -> Planes:
+    """Planes with a row for every block, so that one program fits every mix of widths.
 
-    Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in anyway.
+    Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in.
+
+    Raises:
+        TypeError: a plane has other rows than the widths of the blocks ask for.
     """
-    if all(len(plane) in (0, blocks) for plane in planes) or not all(map(_on_cpu, planes)):
+    if all(len(plane) == blocks for plane in planes) or staging() or not all(map(_on_cpu, (*planes, *header.values()))):
         return planes
-    widths = np.asarray(_unpacked_widths(header, codec, blocks))
+    widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
+    if trouble := wrong_rows(planes, codec, widths):
+        raise TypeError(changed_arrays(shape, trouble))
     return tuple(
-        plane if len(plane) in (0, blocks) else _spread(np.asarray(plane), widths >= spec.end)
-        for plane, spec in zip(planes, plane_specs(codec.widths), strict=True)
+        plane if len(plane) == blocks else _spread(np.asarray(plane), widths >= spec.end)
+        for plane, spec in zip(planes, plane_specs(codec.widths), strict=False)
     )
+
+
+def wrong_rows(planes: Planes, codec: Codec, widths: np.ndarray) -> str:
+    """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
+    rows = [len(plane) for plane in planes]
+    wanted = [count for spec in plane_specs(codec.widths) if (count := int((widths >= spec.end).sum()))]
+    return "" if rows == wanted else f"its planes have {rows} rows, and the widths of its blocks ask for {wanted}"
 
 
 def _spread(rows: np.ndarray, present: np.ndarray) -> np.ndarray:
@@ -175,11 +202,6 @@ def _on_cpu(array: Any) -> bool:
     if isinstance(array, Tracer):
         return False
     return isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())
-
-
-@functools.partial(jax.jit, static_argnames=("codec", "blocks"))
-def _unpacked_widths(header: Header, codec: Codec, blocks: int) -> Array:
-    return codec.unpack_header(header, blocks)[0]
 
 
 _transposed = jax.jit(jnp.transpose, static_argnums=1)
@@ -202,9 +224,8 @@ def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Planes, he
     if blocks == 0:
         return jnp.zeros(shape, dtype)
     widths, per_block = codec.unpack_header(header, blocks)
-    used = [(plane, spec) for plane, spec in zip(planes, plane_specs(codec.widths), strict=True) if plane.shape[0]]
-    specs = [spec for _, spec in used]
-    rows = [expand(plane, widths, spec.end) for plane, spec in used]
+    specs = plane_specs(codec.widths)[: len(planes)]
+    rows = [expand(plane, widths, spec.end) for plane, spec in zip(planes, specs, strict=True)]
 
     def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
         codes = unpack_planes(rows, specs, widths, codec.block_size)

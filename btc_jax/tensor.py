@@ -11,18 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core.meta import AxisMetadata
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax import coding
+from btc_jax._arraylike import behave_as_array
+from btc_jax._mesh import like_leaf
 from btc_jax._typing import Array, Order
 from btc_jax.allocate import Item, allocate, usual_target
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec
+from btc_jax.intact import changes
+from btc_jax.seal import SEAL, changed_arrays
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("planes", "header"),
+    data_fields=("planes", "header", "seal"),
     meta_fields=("shape", "dtype", "codec", "order"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -30,30 +33,31 @@ class BTCTensor(AxisMetadata):
     """A packed leaf: the codes of its blocks in bit planes, and a header for each block.
 
     It decodes itself where an array is asked for: in Linen (which unboxes it), in the layers of NNX (which index it),
-    in arithmetic, and in `jnp` functions. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`.)
-    Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the like; everything
-    else is static.
+    in `jnp` functions, in operators, and in every method and attribute of `jax.Array`, such as `w.sum(axis=0)` or
+    `w.T`. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`, and functions of `jax.lax` need
+    `w.dequantize()`.) Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the
+    like; everything else is static.
 
     Attributes:
-        planes: the packed codes, most significant bits first; see `btc_jax.planes`.
+        planes: the packed codes, most significant bits first, as far as blocks have them; see `btc_jax.planes`.
         header: what each block stores besides its codes, by name; see the codec.
         shape: shape of the leaf.
         dtype: dtype of the leaf, and of what `dequantize` returns.
         codec: the codec that wrote it.
         order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
+        seal: two bytes that show whether the arrays were changed; see `btc_jax.seal`.
 
     Raises:
-        TypeError: when a `jax.tree` function changed the arrays inside: a cast of all leaves, or `zeros_like`, as in
-            the `init` of most optimizers (not of those whose state starts at another number, such as adagrad). Packed
-            weights can be decoded, moved and saved, but not trained.
+        TypeError: if a `jax.tree` function changed the arrays inside: arithmetic, a cast, or `zeros_like`, as in the
+            `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
         >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
         >>> q
         BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, codec=Uniform(block_size=64, ...), order='output-major')
-        >>> q.nbytes, q.dequantize().shape
-        (4360, (64, 64))
+        >>> q.nbytes, q.dequantize().shape, q.sum(axis=0).shape
+        (4362, (64, 64), (64,))
     """
 
     # Arrays; but JAX also builds nodes of whatever a function of leaves returned, or of what stands for many leaves.
@@ -63,9 +67,13 @@ class BTCTensor(AxisMetadata):
     dtype: np.dtype
     codec: Codec
     order: Order
+    seal: Any = dataclasses.field(default_factory=SEAL.copy)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # as arrays: == compares weights
 
     def __post_init__(self):
-        _refuse_changed_arrays(self)
+        if trouble := changes(self):
+            raise TypeError(changed_arrays(self.shape, trouble))
 
     @property
     def ndim(self) -> int:
@@ -82,9 +90,17 @@ class BTCTensor(AxisMetadata):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored: planes and header."""
-        arrays = jax.tree.leaves((self.planes, self.header))
-        return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+        """Bytes of everything stored: planes, header and seal."""
+        return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in jax.tree.leaves(self))
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading axes of packed leaves that were stacked, for `jax.vmap` and `lax.scan` to map over."""
+        return tuple(getattr(self.seal, "shape", ()))[:-1]
 
     @property
     def widths(self) -> Array:
@@ -92,34 +108,26 @@ class BTCTensor(AxisMetadata):
         return self.codec.unpack_header(jax.tree.map(jnp.asarray, self.header), self.num_blocks)[0]
 
     def dequantize(self, dtype: Any = None) -> Array:
-        """The weights as an array of `shape`, in `dtype` or the leaf's own."""
+        """The weights as an array of `shape`, in `dtype` or the leaf's own.
+
+        Raises:
+            TypeError: if it is a stack of packed leaves, outside of `jax.vmap` and `lax.scan` over them, or its arrays
+                do not fit each other.
+        """
+        if self.stack:
+            raise TypeError(
+                f"{math.prod(self.stack)} packed leaves of shape {self.shape} are stacked; map over them with jax.vmap "
+                "or lax.scan, or decode them (btc_jax.btc_dequantize) before they are stacked"
+            )
         dtype = jax.dtypes.canonicalize_dtype(self.dtype if dtype is None else dtype)
         return coding.unpack(self.planes, self.header, self.codec, self.shape, dtype, self.order)
 
-    def __getitem__(self, index: Any) -> Array:
-        return self.dequantize()[index]
-
-    def __iter__(self) -> Iterator[Array]:
-        return iter(self.dequantize())
-
-    def __len__(self) -> int:
-        return len(self.dequantize())
-
-    def __jax_array__(self) -> Array:
-        return self.dequantize()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.dequantize(), dtype=dtype)
-
-    @property
-    def T(self) -> Array:
-        return self.dequantize().T
-
     def __repr__(self) -> str:
         whole = all(hasattr(array, "dtype") for array in jax.tree.leaves(self))
-        bits = f"{8 * self.nbytes / max(self.size, 1):.2f}" if whole else "unknown"
+        bits = f"{8 * self.nbytes / max(self.size * math.prod(self.stack), 1):.2f}" if whole else "unknown"
+        stack = f"stack={self.stack}, " if self.stack else ""
         return (
-            f"BTCTensor(shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits}, "
+            f"BTCTensor({stack}shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits}, "
             f"codec={self.codec!r}, order={self.order!r})"
         )
 
@@ -135,6 +143,30 @@ class BTCTensor(AxisMetadata):
         raise TypeError(f"{self!r} cannot be stacked by nn.scan or nn.vmap; decode the tree with btc_dequantize first")
 
     remove_axis = add_axis
+
+    # What a shape answers is not decoded.
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an array without axes")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(f"the truth value of an array of shape {self.shape} is ambiguous; use .any() or .all()")
+        return bool(self.dequantize())
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter(self.dequantize())
+
+    def __jax_array__(self) -> Array:
+        return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.dequantize().__array__(dtype, copy=copy)
+
+
+behave_as_array(BTCTensor)
 
 
 def quantize_leaf(
@@ -164,15 +196,16 @@ def quantize_leaf(
     dtype = np.dtype(getattr(leaf, "dtype", float))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
-    array = _gathered(jnp.asarray(leaf))
+    array = jnp.asarray(leaf)
     if slope is not None and not 0 <= slope < 1e30:
         raise ValueError(f"{path}: slope is {slope!r}; it must be a number from 0 to 1e30")
     if codec.candidates != (codec,) or (codec.adaptive and slope is None):
         item = Item(path, lambda: array, array.shape, codec, order)
         (choice,), _ = allocate([item], usual_target([codec]), balance=0)
         codec, slope = choice.codec, choice.slope
-    planes, header = coding.pack(array, codec, order, path, slope or 0.0)
-    return BTCTensor(planes, header, array.shape, dtype, codec.stored, order)
+    planes, header = coding.pack(leaf, codec, order, path, slope or 0.0)
+    seal = like_leaf(jnp.asarray(SEAL), leaf)
+    return BTCTensor(planes, header, array.shape, dtype, codec.stored, order, seal)
 
 
 def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
@@ -183,67 +216,6 @@ def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
         raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in all")
 
 
-def _gathered(leaf: Array) -> Array:
-    sharding = leaf.sharding
-    if isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated:
-        return jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
-    return leaf
-
-
 def is_packed(x: Any) -> bool:
     """Whether `x` is a `BTCTensor`; the `is_leaf` of functions over trees that hold some."""
     return isinstance(x, BTCTensor)
-
-
-def _refuse_changed_arrays(tensor: BTCTensor) -> None:
-    """Raises if the arrays are not packed weights. JAX also builds nodes of other things, such as masks: those pass."""
-    planes = [plane for plane in jax.tree.leaves(tensor.planes) if isinstance(plane, jax.Array | np.ndarray)]
-    header = tensor.header if isinstance(tensor.header, dict) else {}
-    changed = [plane.dtype for plane in planes if not jnp.issubdtype(plane.dtype, jnp.unsignedinteger)]
-    for name, stored in tensor.codec.stored_header(0).items():
-        array = header.get(name)
-        if isinstance(array, jax.Array | np.ndarray) and array.dtype != stored.dtype:
-            changed.append(array.dtype)
-    if changed:
-        raise TypeError(
-            f"arrays of a packed leaf of shape {tensor.shape} became {changed[0]}. Packed weights cannot be cast or "
-            "differentiated; decode the tree with btc_dequantize first"
-        )
-    if any(plane.ndim < 2 for plane in planes):
-        raise TypeError(f"a packed leaf of shape {tensor.shape} cannot be sliced by lax.scan or vmap; decode it first")
-    if _starts_with_zero(header.get(tensor.codec.witness)):
-        raise TypeError(
-            f"the header of a packed leaf of shape {tensor.shape} became zeros, as an optimizer's init makes them. "
-            "Packed weights cannot be trained; decode the tree with btc_dequantize first, or train other leaves "
-            "(optax.masked)"
-        )
-
-
-def _starts_with_zero(array: Any) -> bool:
-    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, Tracer) or array.size == 0:
-        return False
-    if isinstance(array, jax.Array) and (array.is_deleted() or not array.is_fully_addressable):
-        return False
-    with jax.ensure_compile_time_eval():  # nodes of constants are also built while others are traced
-        first = np.asarray(array[(0,) * array.ndim])
-    return not any(first.tobytes())
-
-
-def _decoded_operator(name: str) -> Any:
-    def operator(self: BTCTensor, *args: Any) -> Any:
-        return getattr(self.dequantize(), name)(*args)
-
-    return operator
-
-
-# A user's own layer calculates with its parameters: `x @ self.w`, `self.w.T`.
-for _name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"):
-    setattr(BTCTensor, f"__{_name}__", _decoded_operator(f"__{_name}__"))
-    setattr(BTCTensor, f"__r{_name}__", _decoded_operator(f"__r{_name}__"))
-for _name in ("neg", "pos", "abs", "lt", "le", "gt", "ge"):
-    setattr(BTCTensor, f"__{_name}__", _decoded_operator(f"__{_name}__"))
-for _name in (
-    *("astype", "reshape", "transpose", "swapaxes", "ravel", "flatten", "squeeze"),
-    *("sum", "mean", "min", "max", "std", "var", "dot"),
-):
-    setattr(BTCTensor, _name, _decoded_operator(_name))

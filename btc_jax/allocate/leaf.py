@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax import coding
+from btc_jax._mesh import gathered, off_mesh
 from btc_jax._typing import Array, Order
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import Codec
@@ -77,7 +78,7 @@ class Leaf:
         self.item = item
         self.adaptive = item.codec.adaptive
         self.weights = math.prod(item.shape)
-        values = jnp.asarray(item.read())
+        values = gathered(jnp.asarray(item.read()))
         self.rms = _finite_rms(values, item.path)
         self.order: Order = item.order
         self._samples = {item.order: self._sample(values, item.order)}
@@ -118,7 +119,7 @@ class Leaf:
         sampled = self._samples[self.order]
         whole = whole and sum(part.size for part in sampled) < self.weights
         if (codec, slope, whole) not in self._known:
-            parts = coding.blocks_of(jnp.asarray(self.item.read()), codec, self.order) if whole else sampled
+            parts = coding.blocks_of(gathered(jnp.asarray(self.item.read())), codec, self.order) if whole else sampled
             self._known[codec, slope, whole] = _measured(parts, codec, slope, self.weights)
         return self._known[codec, slope, whole]
 
@@ -129,6 +130,7 @@ class Leaf:
         whole = float(np.mean(squares, dtype=np.float64)) if squares.size else 0.0
         return min(self.rms * math.sqrt(whole), self.rms)
 
+    @off_mesh
     def _sample(self, values: Array, order: Order) -> list[Array]:
         parts = coding.blocks_of(values, self.item.codec, order)
         rows = _SAMPLE // self.item.codec.block_size
@@ -161,6 +163,7 @@ def _measured(parts: list[Array], codec: Codec, slope: float, weights: int) -> C
     return Cost(nbytes, float(error))
 
 
+@off_mesh
 def _finite_rms(values: Array, path: str) -> float:
     """Root mean square, in float64 whatever the scale.
 

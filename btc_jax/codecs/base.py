@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, Float, PyTree, UInt, UInt8
 
@@ -40,14 +41,11 @@ class Codec(abc.ABC):
     """Base of all codecs.
 
     Attributes:
-        id: the codec's name in the manifest of a file.
-        witness: name of a stored header array whose first element never has all bits zero. It tells packed weights from
-            arrays of zeros in their place (`jax.tree.map(jnp.zeros_like, tree)` in an optimizer's `init`).
+        id: the codec's name in the manifest of a file; see `register_codec`.
         block_size: weights per block.
     """
 
     id: ClassVar[str]
-    witness: ClassVar[str]
     block_size: int
 
     @property
@@ -126,6 +124,11 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
         """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and setting as `grid` takes them."""
+
+    def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
+        """The widths alone, `u8[blocks]`, of a header that is on the host; codecs in numpy need not compile for it."""
+        with jax.ensure_compile_time_eval():  # also asked for while a model is traced
+            return np.asarray(self.unpack_header(jax.tree.map(jnp.asarray, dict(stored)), blocks)[0])
 
     def to_json(self) -> dict[str, Any]:
         """The codec as plain JSON values; `codec_from_json` is the inverse."""

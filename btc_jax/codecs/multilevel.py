@@ -87,7 +87,6 @@ class Multilevel(Codec):
     """
 
     id: ClassVar[str] = "multilevel"
-    witness: ClassVar[str] = "step"
 
     block_size: int = 32
     width: int | Literal["leaf"] | None = None
@@ -185,6 +184,11 @@ class Multilevel(Codec):
     def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
         numbers = {name: stored[name].reshape(()) for name in ("centre", "step")}
         return self._widths(stored["header"]), {"header": stored["header"], **numbers}
+
+    def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
+        if isinstance(self.width, int):
+            return np.full(blocks, self.width, np.uint8)
+        return _WIDTHS[stored["header"]]
 
     def _headers(self, blocks: Float[Array, "blocks size"], setting: Setting) -> UInt8[Array, " blocks"]:
         """The header of least cost for each block, among the candidates that its extremes suggest."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btc_jax._typing import Array, ArrayLike, Bool, Float, UInt, UInt8
 from btc_jax._xla import divide, in_chunks, rounded
@@ -61,7 +62,6 @@ class Uniform(Codec):
     """
 
     id: ClassVar[str] = "uniform"
-    witness: ClassVar[str] = "minimum"
 
     block_size: int = 64
     low_bits: int = 4
@@ -156,6 +156,12 @@ class Uniform(Codec):
             return jnp.full(blocks, self.widths[0], jnp.uint8), header
         wide = jnp.unpackbits(header.pop("wide"), count=blocks, bitorder="little")
         return self._bits(wide.astype(bool)), header
+
+    def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
+        if len(self.widths) == 1:
+            return np.full(blocks, self.widths[0], np.uint8)
+        wide = np.unpackbits(stored["wide"], count=blocks, bitorder="little").astype(bool)
+        return np.where(wide, np.uint8(self.high_bits), np.uint8(self.low_bits))
 
     def to_json(self) -> dict[str, Any]:
         # JSON has no infinity; from_json reads the string back.

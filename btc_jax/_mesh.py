@@ -1,0 +1,87 @@
+"""Leaves on meshes, encoded on one device.
+
+How bits are shared out, and how many rows a plane has, is read from whole leaves on the host. So a leaf that lies on a
+mesh is gathered to one device, whatever the kind of the mesh's axes, and its packed arrays are put back on the mesh.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from btc_jax._typing import Array, PyTree
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def staging() -> bool:
+    """Whether operations are recorded for later, even those on concrete arrays that a traced function closes over."""
+    return isinstance(jax.numpy.zeros((), np.uint8), Tracer)
+
+
+def gathered(leaf: Array) -> Array:
+    """The whole leaf on one device; one that is there, or traced, as it is."""
+    if isinstance(leaf, Tracer) or len(leaf.devices()) == 1:
+        return leaf
+    if not leaf.is_fully_replicated:
+        leaf = jax.device_put(leaf, NamedSharding(_mesh_of(leaf), PartitionSpec()))
+    return leaf.addressable_shards[0].data
+
+
+def like_leaf(tree: PyTree, leaf: Any) -> PyTree:
+    """Arrays from one device where `leaf` is: whole on each device of its mesh, and bound to a place only if it is."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.committed:
+        return jax.tree.map(_unbound, tree)
+    whole = leaf.sharding if len(leaf.devices()) == 1 else NamedSharding(_mesh_of(leaf), PartitionSpec())
+    return jax.tree.map(lambda array: jax.device_put(array, whole), tree)
+
+
+def off_mesh(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function` of arrays on one device, outside of the mesh that `jax.set_mesh` may have set."""
+
+    @functools.wraps(function)
+    def outside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _one_device(args):
+            return function(*args, **kwargs)
+
+    return outside
+
+
+@contextlib.contextmanager
+def _one_device(args: Any) -> Iterator[None]:
+    if staging() or jax.sharding.get_mesh().empty:
+        yield
+        return
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+    device = next((d for array in arrays for d in array.devices()), jax.devices()[0])
+    with jax.set_mesh(Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))):
+        yield
+
+
+def automatic(function: Callable[[Array], Array], leaf: Array) -> Array:
+    """`function(leaf)`, of the same shape and sharding, where axes of a mesh may be explicit in the types of arrays."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    explicit = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit]
+    if not explicit:
+        return function(leaf)
+    spec = jax.typeof(leaf).sharding.spec
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=spec)(leaf)
+
+
+def _mesh_of(leaf: Array) -> Any:
+    if isinstance(leaf.sharding, NamedSharding):
+        return leaf.sharding.mesh
+    # Positional and other shardings have devices and no mesh.
+    return Mesh(np.array(sorted(leaf.devices(), key=lambda device: device.id)), ("device",))
+
+
+def _unbound(array: Array) -> Array:
+    """An array that follows others to their devices."""
+    return jax.device_put(np.asarray(array)) if array.committed else array
