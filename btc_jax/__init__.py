@@ -15,6 +15,7 @@ it,
 
 from importlib.metadata import version as _version
 
+from btc_jax import savers as _savers
 from btc_jax.baselines import Baseline as Baseline
 from btc_jax.baselines import absmax4 as absmax4
 from btc_jax.baselines import apply_baseline as apply_baseline
@@ -33,7 +34,9 @@ from btc_jax.codecs import Codec as Codec
 from btc_jax.codecs import Coded as Coded
 from btc_jax.codecs import Multilevel as Multilevel
 from btc_jax.codecs import Uniform as Uniform
+from btc_jax.codecs import UnknownCodecError as UnknownCodecError
 from btc_jax.codecs import codec_from_json as codec_from_json
+from btc_jax.codecs import register_codec as register_codec
 from btc_jax.evaluate import Evaluation as Evaluation
 from btc_jax.evaluate import btc_evaluate as btc_evaluate
 from btc_jax.evaluate import btc_logits as btc_logits
@@ -68,3 +71,5 @@ from btc_jax.tree import btc_quantize as btc_quantize
 from btc_jax.tree import btc_reconstruct as btc_reconstruct
 
 __version__ = _version("btc_jax")
+
+_savers.register()

@@ -6,6 +6,7 @@ two steps with a read of a few integers in between, and cannot itself run under 
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -145,14 +146,11 @@ def _encode(leaf: Array, slope: Array, codec: Codec, order: Order) -> tuple[Plan
     setting = codec.tune(matrices, slope)
     parts = [codec.encode(part, setting) for part in matrices]
     widths = jnp.concatenate([part.widths for part in parts])
-    header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
     specs = plane_specs(codec.widths)
     rows = [pack_planes(_filled_up(part.codes, codec), part.widths, specs) for part in parts]
     rows = tuple(jnp.concatenate(plane) for plane in zip(*rows, strict=True))
-    stored = codec.pack_header(widths, header, setting)
-    floating = [array for array in stored.values() if jnp.issubdtype(array.dtype, jnp.floating)]
-    finite = jnp.all(jnp.stack([jnp.isfinite(array).all() for array in floating]))
-    return rows, widths, stored, finite, _histogram(widths, codec)
+    stored = _stored(codec, parts, setting)
+    return rows, widths, stored, codec.fits(stored), _histogram(widths, codec)
 
 
 _compact = jax.jit(compact, static_argnums=(2, 3))
@@ -165,7 +163,9 @@ def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     return _compact(rows, widths, end, count)
 
 
-def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, shape: tuple[int, ...]) -> Planes:
+def _whole_planes(
+    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, blocks: int, shape: tuple[int, ...]
+) -> tuple[Any, ...]:
     """Planes with a row for every block, so that one program fits every mix of widths.
 
     Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in.
@@ -174,7 +174,7 @@ def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, sha
         TypeError: a plane has other rows than the widths of the blocks ask for.
     """
     if all(len(plane) == blocks for plane in planes) or staging() or not all(map(_on_cpu, (*planes, *header.values()))):
-        return planes
+        return tuple(planes)
     widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
     if trouble := wrong_rows(planes, codec, widths):
         raise TypeError(changed_arrays(shape, trouble))
@@ -184,7 +184,7 @@ def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, sha
     )
 
 
-def wrong_rows(planes: Planes, codec: Codec, widths: np.ndarray) -> str:
+def wrong_rows(planes: Sequence[Any], codec: Codec, widths: np.ndarray) -> str:
     """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
     rows = [len(plane) for plane in planes]
     wanted = [count for spec in plane_specs(codec.widths) if (count := int((widths >= spec.end).sum()))]
@@ -238,8 +238,8 @@ def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Planes, he
 @_decode.defjvp
 def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
     raise TypeError(
-        f"{math.prod(shape)} packed weights have no gradient. To train, decode the tree with btc_dequantize, "
-        "or quantize inside the loss with btc_reconstruct"
+        f"{math.prod(shape)} packed weights have no gradient. Differentiate with respect to the other leaves only "
+        "(docs/training.md), decode the tree with btc_dequantize, or quantize inside the loss with btc_reconstruct"
     )
 
 
@@ -247,8 +247,10 @@ def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
 def _reconstruct(codec: Codec, order: Order, leaf: Array, slope: Array) -> Array:
     matrices = _parts(leaf, codec, order)
     setting = codec.tune(matrices, slope)
-    blocks = [_filled_up(_decoded(codec, codec.encode(part, setting), setting), codec) for part in matrices]
-    return join(jnp.concatenate(blocks), leaf.shape, order).astype(leaf.dtype)
+    coded = [codec.encode(part, setting) for part in matrices]
+    blocks = jnp.concatenate([_filled_up(_decoded(codec, part, setting), codec) for part in coded])
+    fits = codec.fits(_stored(codec, coded, setting))
+    return join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order).astype(leaf.dtype)
 
 
 @_reconstruct.defjvp
@@ -258,6 +260,12 @@ def _straight_through(codec: Codec, order: Order, primals: tuple[Array, Array], 
 
 def _decoded(codec: Codec, coded: Coded, setting: Setting) -> Array:
     return codec.decode(coded.codes, codec.grid(coded.widths, coded.header | setting))
+
+
+def _stored(codec: Codec, parts: Sequence[Coded], setting: Setting) -> Header:
+    widths = jnp.concatenate([part.widths for part in parts])
+    header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
+    return codec.pack_header(widths, header, setting)
 
 
 def _number(slope: ArrayLike) -> Array:
@@ -297,4 +305,7 @@ def what_does_not_fit(leaf: Array, codec: Codec | None = None) -> str:
     largest = float(jnp.abs(leaf).max())
     if largest > 1e36 or codec is None:
         return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
-    return f"weights as large as {largest:g} do not fit the header; use {codec.id} with header_dtype='float32'"
+    size = "as large as" if largest > 1 else "no larger than"
+    if getattr(codec, "header_dtype", "float32") == "float32":
+        return f"weights {size} {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
+    return f"weights {size} {largest:g} do not fit the header; use {codec.id} with header_dtype='float32'"

@@ -15,7 +15,7 @@ def changes(leaf: Any) -> str:
 
     JAX also builds nodes of other things than arrays, such as masks, shardings and shapes: those pass.
     """
-    arrays = jax.tree.leaves((leaf.planes, leaf.header, leaf.seal))
+    arrays = [leaf.seal, *jax.tree.leaves((leaf.planes, leaf.header))]
     if not (isinstance(leaf.header, dict) and all(isinstance(array, jax.Array | np.ndarray) for array in arrays)):
         return ""
     stack = leaf.seal.shape[:-1]

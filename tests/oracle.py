@@ -102,6 +102,8 @@ def codes_of(planes, widths, possible, block_size):
             if (width - end) & bits:
                 end += bits
                 present = widths >= end
+                if not present.any():
+                    continue  # a plane without rows is left out
                 codes[present] = codes[present] << bits | unpacked_rows(np.asarray(next(planes)), bits, block_size)
     return codes
 

@@ -23,7 +23,19 @@ ROOMS = [
         "tensor",
         "tree",
     ),
-    *("plan", "metrics", "baselines", "evaluate", "search", "report", "checkpoint", "sources", "stream", "orbax"),
+    *(
+        "plan",
+        "metrics",
+        "baselines",
+        "evaluate",
+        "search",
+        "report",
+        "checkpoint",
+        "savers",
+        "sources",
+        "stream",
+        "orbax",
+    ),
     *("compare", "_console", "_options", "cli"),
 ]
 

@@ -140,7 +140,7 @@ def test_an_nnx_model_can_be_packed_itself():
 def test_an_nnx_optimizer_refuses_packed_leaves():
     optax = pytest.importorskip("optax")
     packed = btc_quantize(NNXNet(nnx.Rngs(0)), policy=ANY_SIZE)
-    with pytest.raises(TypeError, match="optimizer's init"):
+    with pytest.raises(TypeError, match="init of an optimizer"):
         nnx.Optimizer(packed, optax.adam(1e-3), wrt=nnx.Param)
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_calculates_as_its_array_would(use):
 @pytest.mark.parametrize("codec", [Uniform(32), Uniform(32, threshold=0.0), Uniform(32, header_dtype="float32")])
 def test_optimizer_states_are_refused(make, codec):
     for leaf in (packed(codec=codec), quantize_leaf(np.zeros((8, 8), np.float32), codec)):
-        with pytest.raises(TypeError, match=r"became zeros, as an optimizer's init.*btc_dequantize"):
+        with pytest.raises(TypeError, match=r"zeros, as the init of an optimizer.*training\.md"):
             make({"kernel": leaf})
 
 
@@ -120,7 +121,7 @@ def test_optimizer_states_are_refused(make, codec):
     ],
 )
 def test_casting_leaves_is_refused(cast):
-    with pytest.raises(TypeError, match=r"became bfloat16.*btc_dequantize"):
+    with pytest.raises(TypeError, match=r"\(16, 40\).*bfloat16\[20\].*btc_dequantize"):
         jax.tree.map(cast, {"kernel": packed()})
 
 
@@ -131,10 +132,10 @@ def test_gradients_are_refused():
     params = {"kernel": packed(), "scale": jnp.float32(2)}
     with pytest.raises(TypeError, match=r"grad requires real- or complex-valued inputs.*uint32"):
         jax.grad(loss)(params)
-    with pytest.raises(TypeError, match=r"640 packed weights have no gradient.*btc_dequantize.*btc_reconstruct"):
+    with pytest.raises(TypeError, match=r"640 packed weights.*docs/training.md.*btc_reconstruct"):
         jax.grad(loss, allow_int=True)(params)
     minimum = params["kernel"].header["minimum"]
-    with pytest.raises(TypeError, match="have no gradient"):
+    with pytest.raises(TypeError, match="640 packed weights"):
         jax.jvp(lambda m: loss({**params, "kernel": with_minimum(params["kernel"], m)}), (minimum,), (minimum,))
     dense_only = jax.grad(lambda scale: loss({**params, "scale": scale}))(params["scale"])
     np.testing.assert_allclose(dense_only, jnp.sum(params["kernel"].dequantize() ** 2), rtol=1e-6)
@@ -142,7 +143,7 @@ def test_gradients_are_refused():
 
 def with_minimum(tensor, minimum):
     header = {**tensor.header, "minimum": minimum}
-    return BTCTensor(tensor.planes, header, tensor.shape, tensor.dtype, tensor.codec, tensor.order)
+    return dataclasses.replace(tensor, header=header)
 
 
 def test_the_gradient_of_reconstruct_passes_straight_through():
@@ -163,7 +164,7 @@ def test_iterates_over_rows():
 
 
 def test_slicing_by_vmap_is_refused():
-    with pytest.raises(TypeError, match=r"cannot be sliced by lax\.scan or vmap"):
+    with pytest.raises(ValueError, match=r"seal of type uint8\[2\]"):  # by JAX: nothing in a leaf has its first axis
         jax.vmap(lambda t: t.dequantize())(packed((64, 64), Uniform(64, threshold=0.0)))
 
 

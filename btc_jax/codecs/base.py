@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax._typing import Array, ArrayLike, Float, PyTree, UInt, UInt8
+from btc_jax._typing import Array, ArrayLike, Bool, Float, PyTree, UInt, UInt8
 
 Setting = dict[str, Array]
 """What the coding of a block needs to know of its whole leaf: float32 numbers by name."""
@@ -103,8 +103,7 @@ class Codec(abc.ABC):
     def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
         """Codes float32 blocks, of any size up to `block_size`; pure and jit-able.
 
-        A weight that is not finite, or not representable, must leave a floating value that is not finite in the header
-        or the setting.
+        A weight that is not finite, or too large, must leave a floating value that is not finite in the stored header.
         """
 
     @abc.abstractmethod
@@ -124,6 +123,11 @@ class Codec(abc.ABC):
     @abc.abstractmethod
     def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
         """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and setting as `grid` takes them."""
+
+    def fits(self, stored: Mapping[str, Array]) -> Bool[Array, ""]:
+        """Whether a stored header holds the weights of its leaf: finite, not too large, and not all too small."""
+        floating = [array for array in stored.values() if jnp.issubdtype(array.dtype, jnp.floating)]
+        return functools.reduce(jnp.logical_and, [jnp.isfinite(array).all() for array in floating], jnp.array(True))
 
     def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
         """The widths alone, `u8[blocks]`, of a header that is on the host; codecs in numpy need not compile for it."""

@@ -46,6 +46,8 @@ _RATIO = 2.25
 four steps, so 2.3 for the smallest; between 2.0 and 2.5 it made no difference on real networks, beyond it did."""
 _LARGEST = 1e36
 """Weights beyond this leave no room to calculate in float32."""
+SMALLEST = 1e-36
+"""Unless all are equal, a weight must be as far from the centre, or digits get lost. Subnormal numbers are 0 to XLA."""
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 _PULL = 0.25
 """A leaf is centred on its mean where that is at least this part of its root mean square."""
@@ -158,7 +160,8 @@ class Multilevel(Codec):
         loudest = functools.reduce(jnp.maximum, [_largest(part - centre).max(initial=0) for part in parts]) / unit
         step = jnp.maximum(lowest, jnp.exp2(middle + (0.5 if self.width is None else 3) - TOP / OCTAVE))
         step = jnp.maximum(step, loudest / float(_HALVES[OFFSETS - 1]))
-        fits = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts]) <= _LARGEST
+        largest = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts])
+        fits = (largest <= _LARGEST) & ((loudest * unit < _TINY) | (loudest * unit >= SMALLEST))
         step = jnp.where(fits, jnp.maximum(step * unit, _TINY), jnp.nan)
         return {"centre": centre, "step": step, "unit": unit, "slope": slope}
 

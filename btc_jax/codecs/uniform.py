@@ -26,6 +26,10 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+SMALLEST = {"float16": 2.0**-20, "float32": 1e-35}
+"""Largest weight that a leaf must have, unless all are zero, by `header_dtype`. Below, rounding the extremes outwards
+widens the range of a block by more than an eighth, and in the end steps are no normal float32."""
+
 _SPREAD = 4.4
 """Range of a block of 32 to 64 Gaussian weights over their standard deviation."""
 
@@ -41,7 +45,8 @@ class Uniform(Codec):
     The minimum is rounded down and the maximum up to `header_dtype`, and the grid runs between the rounded values. So
     nothing clips, and every weight comes back within half a step of its block, up to float32 rounding. (A block of a
     range below 3e-36, of which a step is no normal float32, comes back as its minimum.) With float16 extremes a step is
-    never finer than their own grid near the weights, 6e-8 around zero.
+    never finer than their own grid near the weights, 6e-8 around zero; so a leaf of which no weight reaches 2**-20 is
+    refused, and needs `header_dtype="float32"`.
 
     Args:
         block_size: weights per block, 2 to 65536.
@@ -156,6 +161,11 @@ class Uniform(Codec):
             return jnp.full(blocks, self.widths[0], jnp.uint8), header
         wide = jnp.unpackbits(header.pop("wide"), count=blocks, bitorder="little")
         return self._bits(wide.astype(bool)), header
+
+    def fits(self, stored: Mapping[str, Array]) -> Bool[Array, ""]:
+        extremes = [stored[name].astype(jnp.float32) for name in ("minimum", "maximum")]
+        largest = functools.reduce(jnp.maximum, [jnp.abs(extreme).max(initial=0) for extreme in extremes])
+        return super().fits(stored) & ((largest == 0) | (largest >= SMALLEST[self.header_dtype]))
 
     def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
         if len(self.widths) == 1:

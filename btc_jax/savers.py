@@ -1,0 +1,61 @@
+"""Packed leaves in what others write: `flax.serialization` and `jax.export`.
+
+(Orbax's own checkpointers need nothing: they store the arrays of a packed leaf, and give it back into a template.)
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+from flax import serialization
+from jax import export
+
+from btc_jax.checkpoint.manifest import canonical
+from btc_jax.codecs import check_registered, codec_from_json
+from btc_jax.tensor import BTCTensor
+
+NAME = "btc_jax.BTCTensor"
+
+
+def register() -> None:
+    """Makes both know `BTCTensor`; importing `btc_jax` does it."""
+    serialization.register_serialization_state(BTCTensor, _to_state, _from_state, override=True)
+    export.register_pytree_node_serialization(
+        BTCTensor, serialized_name=NAME, serialize_auxdata=_to_bytes, deserialize_auxdata=_from_bytes
+    )
+
+
+def _to_state(leaf: BTCTensor) -> dict[str, Any]:
+    planes = {str(i): plane for i, plane in enumerate(leaf.planes)}
+    return {"planes": planes, "header": dict(leaf.header), "seal": leaf.seal, NAME: _static(leaf)}
+
+
+def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
+    """The leaf that was saved, of whatever codec and widths; `target` says of which shape and dtype."""
+    if not isinstance(state, dict) or NAME not in state:
+        raise ValueError(f"the state of a packed leaf of shape {target.shape} is of another kind of leaf")
+    shape, dtype, codec, order = _parsed(state[NAME])
+    if (shape, dtype) != (target.shape, np.dtype(target.dtype)):
+        raise ValueError(f"a packed leaf is {dtype}{list(shape)} in the file, {target.dtype}{list(target.shape)} here")
+    planes = tuple(state["planes"][str(i)] for i in range(len(state["planes"])))
+    return BTCTensor(planes, dict(state["header"]), shape, dtype, codec, order, state["seal"])
+
+
+def _static(leaf: BTCTensor) -> str:
+    check_registered(leaf.codec)
+    return canonical([leaf.shape, np.dtype(leaf.dtype).name, leaf.codec.to_json(), leaf.order])
+
+
+def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any]:
+    shape, dtype, codec, order = json.loads(text)
+    return tuple(shape), np.dtype(dtype), codec_from_json(codec), order
+
+
+def _to_bytes(static: Any) -> bytes:
+    shape, dtype, codec, order = static
+    check_registered(codec)
+    return canonical([shape, np.dtype(dtype).name, codec.to_json(), order]).encode()
+
+
+def _from_bytes(data: bytes) -> Any:
+    return _parsed(bytes(data).decode())
