@@ -78,7 +78,7 @@ def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: Ar
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "order"))
-def _reconstructed(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
+def _reconstructed(leaf: Array, slope: ArrayLike, codec: Codec, order: Order) -> Array:
     return automatic(lambda leaf: _reconstruct(codec, order, leaf, slope), leaf)
 
 
@@ -268,9 +268,9 @@ def _stored(codec: Codec, parts: Sequence[Coded], setting: Setting) -> Header:
     return codec.pack_header(widths, header, setting)
 
 
-def _number(slope: ArrayLike) -> Array:
-    """As an array, so that another number does not ask for another program."""
-    return jnp.asarray(slope, jnp.float32)
+def _number(slope: ArrayLike) -> ArrayLike:
+    """As an array of no device, so that another number does not ask for another program."""
+    return jnp.asarray(slope, jnp.float32) if isinstance(slope, Tracer) else np.asarray(slope, np.float32)
 
 
 def _parts(leaf: Array, codec: Codec, order: Order) -> list[Array]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btc_jax._mesh import gathered, off_mesh
 from btc_jax._typing import Array, ArrayLike, PyTree
 from btc_jax.codecs import Codec
 from btc_jax.policy import BTCPolicyError, Decision, Policy
@@ -206,7 +207,12 @@ def error_of(original: Any, decoded: Any) -> Error:
     """Error of `decoded` against `original`, summed in float64 whatever the scale of the weights."""
     if not math.prod(original.shape):
         return Error()
-    pair = [_in_rows(jnp.asarray(array)) for array in (original, decoded)]
+    return _error_of(*(gathered(jnp.asarray(array)) for array in (original, decoded)))
+
+
+@off_mesh
+def _error_of(original: Array, decoded: Array) -> Error:
+    pair = [_in_rows(array) for array in (original, decoded)]
     extreme, largest = map(float, _largest(*pair))
     # Squares of 1e-30 vanish in float32, and long sums lose digits: scale to 1, and leave the sum of rows to the host.
     scale = max(extreme, largest) or 1.0

@@ -71,7 +71,11 @@ def haiku():
 
 def plain():
     keys = jax.random.split(jax.random.key(0), 2)
-    params = [{"kernel": jax.random.normal(key, (SIZE, SIZE)) / SIZE**0.5, "bias": jnp.full((1, SIZE), 0.1)} for key in keys]
+    scales = jnp.geomspace(0.02, 0.5, SIZE)
+    params = [
+        {"kernel": jax.random.normal(key, (SIZE, SIZE)) * scales[None], "bias": jnp.full((1, SIZE), 0.1)}
+        for key in keys
+    ]
 
     def apply(params, x):
         x = jnp.tanh(x @ params[0]["kernel"] + params[0]["bias"])
