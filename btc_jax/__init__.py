@@ -44,6 +44,8 @@ from btc_jax.metrics import LeafMetrics as LeafMetrics
 from btc_jax.metrics import Measures as Measures
 from btc_jax.metrics import TreeMetrics as TreeMetrics
 from btc_jax.metrics import btc_metrics as btc_metrics
+from btc_jax.partition import btc_combine as btc_combine
+from btc_jax.partition import btc_partition as btc_partition
 from btc_jax.plan import Plan as Plan
 from btc_jax.plan import PlanRow as PlanRow
 from btc_jax.plan import btc_plan as btc_plan

@@ -1,7 +1,7 @@
 """How a packed leaf behaves as a `jax.Array`: one rule for all attributes, methods and operators."""
 
 import contextlib
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -21,18 +21,58 @@ _OF_OBJECTS = {*dir(object), "__copy__", "__deepcopy__", "__module__", "__slots_
 _PLACES = {"sharding", "device", "devices", "committed", "is_fully_addressable", "is_fully_replicated"}
 
 
-def behave_as_array(cls: Any) -> None:
-    """Gives a class with `dequantize()` every public attribute and operator of `jax.Array` that it does not define.
+class BehavesAsArray:
+    """Base of a class with `dequantize()`: it gets every public attribute and operator of `jax.Array` that it lacks.
 
     Each is that of the decoded array, except where the array lies, which its own arrays tell.
     """
-    own = {*vars(cls), *cls.__annotations__}
-    for name in sorted((set(dir(jax.Array)) - _OF_OBJECTS | _OPERATORS | _PLACES) - own):
-        if name.startswith("_") and not name.startswith("__"):
-            continue
-        kind = _place if name in _PLACES else _operator if name.startswith("__") else _attribute
-        setattr(cls, name, kind(name))
-    _explain_to_lax(cls)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        __getitem__: Any
+        __setitem__: Any
+        __contains__: Any
+        __add__: Any
+        __radd__: Any
+        __sub__: Any
+        __rsub__: Any
+        __mul__: Any
+        __rmul__: Any
+        __matmul__: Any
+        __rmatmul__: Any
+        __truediv__: Any
+        __rtruediv__: Any
+        __floordiv__: Any
+        __rfloordiv__: Any
+        __mod__: Any
+        __rmod__: Any
+        __pow__: Any
+        __rpow__: Any
+        __neg__: Any
+        __pos__: Any
+        __abs__: Any
+        __round__: Any
+        __lt__: Any
+        __le__: Any
+        __gt__: Any
+        __ge__: Any
+        __float__: Any
+        __int__: Any
+        __complex__: Any
+        __index__: Any
+
+    else:
+
+        def __init_subclass__(cls) -> None:
+            own = {*vars(cls), *cls.__annotations__}
+            for name in sorted(((set(dir(jax.Array)) - _OF_OBJECTS) | _OPERATORS | _PLACES) - own):
+                if name.startswith("_") and not name.startswith("__"):
+                    continue
+                kind = _place if name in _PLACES else _operator if name.startswith("__") else _attribute
+                setattr(cls, name, kind(name))
+            _pass_to_lax(cls)
 
 
 def _attribute(name: str) -> property:
@@ -51,19 +91,13 @@ def _operator(name: str) -> Any:
     return operator
 
 
-def _explain_to_lax(cls: Any) -> None:
-    """Functions of `jax.lax` take no array-likes. JAX's own error then speaks of `__jax_array__`; ours says what to do.
+def _pass_to_lax(cls: Any) -> None:
+    """Functions of `jax.lax`, and layers that call them, take the decoded array.
 
-    There is no public place for this, so where JAX has moved it, its own error stays.
+    JAX has no public place for this, as `__jax_array__` is for `jax.numpy` only. Where the private one has moved, JAX's
+    own error tells the user to convert the leaf.
     """
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from jax._src import dtypes
 
-    def refuse(leaf: Any) -> NoReturn:
-        raise TypeError(
-            f"{leaf!r} is passed to a function of jax.lax, which takes arrays only; pass leaf.dequantize(), or decode "
-            "the tree where the model is called: model(btc_jax.btc_dequantize(params), x), also inside jax.jit"
-        )
-
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src import core
-
-        core.pytype_aval_mappings[cls] = refuse
+        dtypes.canonicalize_value_handlers[cls] = lambda leaf: leaf.dequantize()

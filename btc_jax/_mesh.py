@@ -71,8 +71,9 @@ def automatic(function: Callable[[Array], Array], leaf: Array) -> Array:
     if not explicit:
         return function(leaf)
     spec = jax.typeof(leaf).sharding.spec
+    inside: Any = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=spec)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=spec)(leaf)
+        return inside(leaf)
 
 
 def _mesh_of(leaf: Array) -> Any:

@@ -59,7 +59,9 @@ def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike
     return tuple(planes), header
 
 
-def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order) -> Array:
+def unpack(
+    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order
+) -> Array:
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
@@ -213,7 +215,9 @@ def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
-def _unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any) -> Array:
+def _unpack(
+    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any
+) -> Array:
     return _decode(codec, shape, dtype, planes, header)
 
 

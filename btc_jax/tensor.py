@@ -13,7 +13,7 @@ from flax.core.meta import AxisMetadata
 from jax.core import Tracer
 
 from btc_jax import coding
-from btc_jax._arraylike import behave_as_array
+from btc_jax._arraylike import BehavesAsArray
 from btc_jax._mesh import like_leaf
 from btc_jax._typing import Array, Order
 from btc_jax.allocate import Item, allocate, usual_target
@@ -29,14 +29,14 @@ from btc_jax.seal import SEAL, changed_arrays
     meta_fields=("shape", "dtype", "codec", "order"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BTCTensor(AxisMetadata):
+class BTCTensor(BehavesAsArray, AxisMetadata):
     """A packed leaf: the codes of its blocks in bit planes, and a header for each block.
 
     It decodes itself where an array is asked for: in Linen (which unboxes it), in the layers of NNX (which index it),
-    in `jnp` functions, in operators, and in every method and attribute of `jax.Array`, such as `w.sum(axis=0)` or
-    `w.T`. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`, and functions of `jax.lax` need
-    `w.dequantize()`.) Its arrays are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the
-    like; everything else is static.
+    in functions of `jax.numpy` and `jax.lax`, in operators, and in every method and attribute of `jax.Array`, such as
+    `w.sum(axis=0)` or `w.T`. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`.) Its arrays
+    are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the like; everything else is
+    static.
 
     Attributes:
         planes: the packed codes, most significant bits first, as far as blocks have them; see `btc_jax.planes`.
@@ -164,9 +164,6 @@ class BTCTensor(AxisMetadata):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.dequantize().__array__(dtype, copy=copy)
-
-
-behave_as_array(BTCTensor)
 
 
 def quantize_leaf(

@@ -21,6 +21,7 @@ ROOMS = [
         "coding",
         "allocate",
         "tensor",
+        "partition",
         "tree",
     ),
     *(

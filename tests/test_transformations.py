@@ -297,7 +297,7 @@ class Lifted(nn.Module):
                 return nn.vjp(lambda layer, x: layer(x), dense, x, vjp_variables=False)[0]
             case "rnn":
                 return nn.RNN(nn.OptimizedLSTMCell(SIZE))(x[None])[0]
-            case "bind":
+            case _:
                 return dense(x)
 
 
@@ -308,6 +308,6 @@ def test_lifted_transformations_of_linen(how, jitted):
     variables = module.init(jax.random.key(0), x)
     rule = Rule("*/kernel", CODECS["mixed"])
     q = btc_quantize(variables, policy=Policy(rules=(rule,), min_size=10**9))
-    apply = (lambda variables, x: module.bind(variables)(x)) if how == "bind" else module.apply
+    apply: Any = (lambda variables, x: module.bind(variables)(x)) if how == "bind" else module.apply
     apply = jax.jit(apply) if jitted else apply
     np.testing.assert_allclose(apply(q, x), apply(btc_dequantize(q), x), rtol=2e-5, atol=2e-6)
