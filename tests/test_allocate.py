@@ -24,6 +24,7 @@ from btc_jax import (
     save,
 )
 from btc_jax.allocate import nbytes_of, target_of
+from btc_jax.seal import SEAL
 from btc_jax.tree import leaf_nbytes
 from tests import oracle
 from tests.test_metrics import DATA
@@ -293,7 +294,7 @@ def test_mixed_codecs_share_one_target():
     policy = Policy(Multilevel(), (Rule("1/*", Uniform(threshold=0.0)),))
     packed = btc_quantize(TREE, policy=policy, bits=5)
     assert packed["1/kernel"].codec == Uniform(threshold=0.0)
-    assert bits_of(packed["1/kernel"]) == 8.5
+    assert bits_of(packed["1/kernel"]) == 8.5 + 8 * SEAL.nbytes / 4096
     assert 5 * 0.995 <= all_bits(packed) <= 5
     with pytest.raises(ValueError, match=r"bits of 2 cannot be reached: .* from 3\.0"):
         btc_quantize(TREE, policy=policy, bits=2)
@@ -325,7 +326,7 @@ def test_one_width_a_leaf():
         leaf = packed[path]
         assert type(leaf.codec.width) is int
         assert set(np.asarray(leaf.widths).tolist()) == {leaf.codec.width}
-        assert bits_of(leaf) == leaf.codec.width + 8 * (128 + 8) / 4096
+        assert bits_of(leaf) == leaf.codec.width + 8 * (128 + 8 + SEAL.nbytes) / 4096
 
 
 def test_one_width_a_leaf_in_a_file(tmp_path):
