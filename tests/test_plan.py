@@ -132,7 +132,7 @@ def test_packed_leaves_keep_their_bytes_codec_and_order():
 def test_leaf_without_weights_takes_no_bytes():
     policy = all_leaves(Uniform())
     (row,) = btc_plan({"w": np.zeros((0, 4), np.float32)}, policy=policy, measure=True).rows
-    assert (row.reason, row.bytes_before, row.bytes_min, row.bytes_max) == ("default", 0, 0, 0)
+    assert (row.reason, row.bytes_before, row.bytes_min, row.bytes_max) == ("empty", 0, 0, 0)
 
 
 def test_measuring_shapes_without_values_is_refused():
