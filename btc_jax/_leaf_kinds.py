@@ -11,7 +11,7 @@ _COLLECTIONS = frozenset(("batch_stats", "cache", "kv_cache", "intermediates", "
 _WRAPPERS = frozenset(("", "vars", "value", "raw_value", "data_array"))
 """Last keys that some libraries add below the name of a variable."""
 
-_OF_NORM = frozenset(("scale", "weight", "gamma", "beta", "offset", "shift", "gain", "w", "g"))
+_SCALES = frozenset(("scale", "gamma", "beta", "offset", "shift", "gain", "g"))
 _OF_TABLE = frozenset(("embedding", "embeddings", "weight", "table", "rel_embedding", "w_pos"))
 """Names of a layer's only parameter, which the name of the layer explains."""
 
@@ -59,7 +59,7 @@ def kind_of(path: str) -> str:
         return "position table"
     if words & {"bias", "biases"} or last == "beta" or _SHORT_BIAS.fullmatch(parts[-1]):
         return "bias"
-    if _is_norm(last) or (last in _OF_NORM and _is_norm(parent)):
+    if _is_norm(last) or (last in ("weight", "w") and _is_norm(parent)) or (last in _SCALES and _has(_NORM, parent)):
         return "norm"
     if _STATISTIC.fullmatch(last) or parent in ("mean_ema", "var_ema"):
         return "statistics"

@@ -87,8 +87,8 @@ def plan(
     with progress("measuring", None if measure else 0):
         found = plan_file(source, policy=policy, measure=measure, **how.targets)
     rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
-    exact = found.bytes_min == found.bytes_max
-    hint = [] if exact else ["--measure reads the values, and tells the size of each leaf exactly."]
+    vague = found.target is not None and found.bytes_min < found.bytes_max
+    hint = [] if not vague else ["--measure reads the values, and tells the size of each leaf exactly."]
     show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name), *hint)
 
 

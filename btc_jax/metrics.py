@@ -106,7 +106,7 @@ class LeafMetrics:
     Attributes:
         path, shape, dtype: the leaf.
         reason: why it is packed, or is not.
-        bytes_before, bytes_after: its bytes; 0 if it is tied to another, which has them.
+        bytes_before, bytes_after: its bytes; 0 where it is the same array as one before it.
         measures: its figures, if it is packed and not tied to another.
         tied_to: path of the leaf that is the same array, or empty.
     """
@@ -163,7 +163,6 @@ def btc_metrics(
     """
     before, after = dict_of(params), dict_of(quantized)
     refuse_other_paths(before, after)
-    refuse_other_trees(before, after)
     decisions = _decisions(params, one_policy(codec, policy))
     origins, twins = first_paths(before), first_paths(after)
     rows = []
@@ -171,6 +170,7 @@ def btc_metrics(
         tied = origins[path] == twins[path] != path
         row = tied_row(path, leaf, twins[path]) if tied else _row(path, before[path], leaf, decisions[path])
         rows.append(_counted_once(row, origins[path] == path, twins[path] == path))
+    refuse_other_trees(before, after)
     return tree_metrics(rows)
 
 

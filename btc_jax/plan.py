@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Choice, Target, target_of, usual_target
 from btc_jax.codecs import Codec
@@ -26,10 +27,10 @@ class PlanRow:
         codec: its codec, or `None` if it stays dense.
         order: how its weights would run through the blocks.
         reason: why it is packed, or is not.
-        bytes_before: bytes of the leaf as it is; 0 if it is tied to another, which has them.
+        bytes_before: bytes of the leaf as it is; 0 if it is the same array as one before it.
         bytes_min, bytes_max: bytes after, if all its blocks took the narrowest width, and the widest. Equal for dense
             leaves, for codecs with one width, and where the blocks were measured.
-        tied_to: path of the leaf that is the same array, or empty.
+        tied_to: path of the leaf that is the same array and has its bytes, or empty.
     """
 
     path: str
@@ -146,7 +147,10 @@ def plan_of(
     Raises:
         ValueError: the target cannot be reached, whatever the values.
     """
-    rows = tuple(_row(*row) for row in zip(leaves, decisions, choices, strict=True))
+    paths = [how.path for how in decisions]
+    first = first_paths(dict(zip(paths, leaves, strict=True)))
+    before = [leaf_nbytes(leaf) if first[path] == path else 0 for path, leaf in zip(paths, leaves, strict=True)]
+    rows = tuple(_row(*row) for row in zip(leaves, decisions, choices, before, strict=True))
     packed = [(row, how.codec) for row, how in zip(rows, decisions, strict=True) if how.codec and not how.tied_to]
     if target and packed and not any(choices):
         _refuse_unreachable(target, packed, sum(row.bytes_min for row in rows))
@@ -188,10 +192,10 @@ def _weights(rows: Sequence[PlanRow]) -> int:
     return sum(math.prod(row.shape) for row in rows)
 
 
-def _row(leaf: Any, how: Decision, choice: Choice | None) -> PlanRow:
-    before = 0 if how.tied_to else leaf_nbytes(leaf)
-    packed = how.codec is not None and not how.tied_to
-    low, high = _packed_range(leaf, how.codec, choice) if packed else (before, before)
+def _row(leaf: Any, how: Decision, choice: Choice | None, before: int) -> PlanRow:
+    low = high = 0 if how.tied_to else leaf_nbytes(leaf)
+    if how.codec and not how.tied_to:
+        low, high = _packed_range(leaf, how.codec, choice)
     return PlanRow(
         path=how.path,
         shape=tuple(getattr(leaf, "shape", ())),

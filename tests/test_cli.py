@@ -353,7 +353,7 @@ def wrong_options():
     yield "--rule '*/kernel' is not PATTERN=dense", ("--rule", "*/kernel")
     yield "--rule '=dense' is not", ("--rule", "=dense")
     yield "--rule 'x=99999999' is not", ("--rule", "x=99999999")
-    yield "no regular expression", ("--rule", "re:(=dense")
+    yield "not a regular expression", ("--rule", "re:(=dense")
     yield "--rule 'steps=dense' before it", ("--rule", "steps=64")
     yield "at least 2", ("--rule", "*=1")
     yield "btc plan --help", ("--block-size", "x")

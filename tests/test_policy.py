@@ -78,7 +78,7 @@ def as_users_run_it():
 def test_default_takes_the_kernels_and_embeddings_of_linen_params():
     assert reasons(linen_variables()["params"]) == {
         "BatchNorm_0/bias": "bias",
-        "BatchNorm_0/scale": "scale",
+        "BatchNorm_0/scale": "norm",
         "Conv_0/bias": "bias",
         "Conv_0/kernel": "default",
         "Dense_0/bias": "bias",
@@ -109,9 +109,9 @@ def test_nnx_paths_end_with_the_layer_and_not_with_value():
         "layers/1/bias": "bias",
         "layers/1/kernel": "too small",
         "norm/bias": "bias",
-        "norm/mean": "mean",
-        "norm/scale": "scale",
-        "norm/var": "var",
+        "norm/mean": "statistics",
+        "norm/scale": "norm",
+        "norm/var": "statistics",
     }
 
 
@@ -128,18 +128,19 @@ def test_nnx_state_with_the_random_keys_of_dropout():
     ("tree", "expected"),
     [
         ([{"kernel": BIG}, {"kernel": BIG}], {"0/kernel": "default", "1/kernel": "default"}),
-        (({"w": BIG}, [{"embedding": BIG}]), {"0/w": "w", "1/0/embedding": "default"}),
+        (({"w": BIG}, [{"embedding": BIG}]), {"0/w": "default", "1/0/embedding": "default"}),
         (Layer(BIG, jnp.zeros(3)), {"kernel": "default", "bias": "bias"}),
         ({"a": Pair(BIG, 1.0)}, {"a/kernel": "default", "a/scale": "not an array"}),
-        (BIG, {"": "unnamed"}),
+        (BIG, {"": "default"}),
     ],
 )
 def test_containers_of_any_kind(tree, expected):
     assert reasons(tree) == expected
 
 
-def test_an_item_of_a_list_has_no_name():
-    assert reasons([BIG, {"kernel": BIG}])["0"] == "unnamed"
+def test_an_item_of_a_list_has_no_name_and_is_decided_by_its_axes():
+    vector = jax.ShapeDtypeStruct((8192,), jnp.float32)
+    assert reasons([BIG, vector, {"bias": [BIG]}]) == {"0": "default", "1": "fewer than 2 axes", "2/bias/0": "bias"}
 
 
 @pytest.mark.parametrize(
@@ -151,10 +152,11 @@ def test_an_item_of_a_list_has_no_name():
         ("a/kernel", (4096,), "float32", "fewer than 2 axes"),
         ("a/kernel", (), "float32", "fewer than 2 axes"),
         ("a/kernel", (63, 65), "float32", "too small"),
-        ("a/kernel", (0, 64), "float32", "too small"),
+        ("a/kernel", (0, 64), "float32", "empty"),
         ("a/kernel", (2**20, 2**20), "float32", "default"),
         ("a/bias", (64, 64), "float32", "bias"),
-        ("a/my_kernel", (64, 64), "float32", "my_kernel"),
+        ("a/bias", (64,), "float32", "bias"),
+        ("a/my_kernel", (64, 64), "float32", "default"),
         ("a/kernel", (64, 64), "int8", "integer"),
         ("a/kernel", (64, 64), "uint32", "integer"),
         ("a/kernel", (64, 64), "bool", "bool"),
@@ -176,8 +178,9 @@ def test_packed_leaves_stay_as_they_are_even_under_a_rule():
 def test_narrower_defaults():
     tree = {"w": BIG, "wide": {"kernel": BIG}, "b": jax.ShapeDtypeStruct((8192,), jnp.float32)}
     policy = Policy(names=("w", "b"), min_axes=1, min_size=5000)
-    assert reasons(tree, policy) == {"w": "too small", "wide/kernel": "kernel", "b": "default"}
+    assert reasons(tree, policy) == {"w": "too small", "wide/kernel": "not in names", "b": "default"}
     assert set(reasons(tree, Policy(names=("*",), min_axes=1)).values()) == {"default"}
+    assert reasons(tree, Policy(min_axes=1))["b"] == "bias"
 
 
 def test_one_name_may_be_a_plain_string():
@@ -258,9 +261,7 @@ def test_every_leaf_goes_to_its_first_rule_and_every_rule_has_a_leaf(paths, patt
     leaves = [LeafSpec(path, (64, 64), np.dtype("float32")) for path in paths]
     first = [next((i for i, p in enumerate(patterns, 1) if star_glob(p, path)), 0) for path in paths]
     if set(range(1, len(patterns) + 1)) <= set(first):
-        expected = [
-            f"rule {i}" if i else path.split("/")[-1] or "unnamed" for i, path in zip(first, paths, strict=True)
-        ]
+        expected = [f"rule {i}" if i else "not in names" for i in first]
         assert [decision.reason for decision in policy.decide(leaves)] == expected
         assert [decision.path for decision in policy.decide(leaves)] == paths
     else:
@@ -322,7 +323,8 @@ def test_bad_regular_expression_is_refused_at_once(pattern):
         (lambda: Rule("*/head", 4), ("'*/head'", "4", "codec")),  # pyright: ignore[reportArgumentType]
         (lambda: Rule(7, None), ("7", "pattern")),  # pyright: ignore[reportArgumentType]
         (lambda: Rule("a", None, "C"), ("'C'", "output-major", "stored")),  # pyright: ignore[reportArgumentType]
-        (lambda: Policy(None), ("None", "codec", "Uniform()")),  # pyright: ignore[reportArgumentType]
+        (lambda: Policy(4), ("4", "codec", "Uniform()")),  # pyright: ignore[reportArgumentType]
+        (lambda: Rule("a", "dense"), ("'dense'", "codec", "default")),  # pyright: ignore[reportArgumentType]
         (lambda: Policy(order="F"), ("'F'", "output-major", "stored")),  # pyright: ignore[reportArgumentType]
         (lambda: Policy(rules=("*",)), ("'*'", "Rule(")),  # pyright: ignore[reportArgumentType]
         (lambda: Policy(rules=Rule("*", None)), ("rules",)),  # pyright: ignore[reportArgumentType]
@@ -343,7 +345,7 @@ def test_a_policy_that_takes_nothing_lists_the_reasons():
     tree = {"bias": np.zeros(8, np.float32), "kernel": np.zeros((2, 2), np.float32), "steps": np.arange(3)}
     with pytest.raises(BTCPolicyError) as caught:
         btc_quantize(tree)
-    for part in ("3", "bias", "too small", "integer", "Policy(names=('*',), min_size=0)"):
+    for part in ("3", "bias", "too small", "integer", "Policy(min_size=0)"):
         assert part in str(caught.value)
 
 
