@@ -235,6 +235,23 @@ def test_trees_that_differ_are_refused_by_name(change, parts):
     assert " 0 other" not in str(caught.value)
 
 
+def test_trees_that_changed_places_are_refused():
+    tree = {"kernel": weights((64, 64)), "bias": np.zeros(7, np.float32)}
+    packed = btc_quantize(tree)
+    for first, second in ((packed, tree), (packed, packed), (tree, tree), (packed, btc_dequantize(packed))):
+        with pytest.raises(ValueError, match=r"btc_metrics\(params, quantized\)"):
+            btc_metrics(first, second)
+    with pytest.raises(ValueError, match="kernel is packed in the first tree"):
+        btc_metrics(packed, tree)
+
+
+def test_a_tree_that_was_partly_packed_before_is_measured_for_the_rest():
+    tree = {"a": {"kernel": weights((64, 64))}, "z": {"kernel": weights((64, 65), 1)}}
+    partly = btc_quantize(tree, policy=Policy(rules=(Rule("z/*", None),)))
+    metrics = btc_metrics(partly, btc_quantize(partly))
+    assert [leaf.path for leaf in metrics.leaves if leaf.measures] == ["z/kernel"]
+
+
 def test_policy_that_does_not_fit_says_which_one_is_needed():
     tree = {"kernel": weights((64, 64))}
     with pytest.raises(BTCPolicyError, match=r"matches no leaf.*policy that the tree was quantized with"):
