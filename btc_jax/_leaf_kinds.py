@@ -51,9 +51,9 @@ def kind_of(path: str) -> str:
         return ""
     last, parent = snake(parts[-1]), snake(parts[-2]) if len(parts) > 1 else ""
     words = _words(last)
-    if any("lora" in _words(snake(part)) for part in parts):
-        return "LoRA adapter"
-    if _ROTARY_LEAF.fullmatch(last) or any(_ROTARY.fullmatch(snake(part)) for part in parts):
+    if within := next(filter(None, map(_kind_within, parts)), ""):
+        return within
+    if _ROTARY_LEAF.fullmatch(last):
         return "rotary table"
     if last == "pe" or _is_position(last) or (last in _OF_TABLE and _is_position(parent)):
         return "position table"
@@ -66,6 +66,14 @@ def kind_of(path: str) -> str:
     if _TOKEN.fullmatch(last):
         return "learned token"
     return _other_kind(last, words)
+
+
+@functools.lru_cache(2**16)
+def _kind_within(part: str) -> str:
+    """What everything below a part is."""
+    if "lora" in _words(snake(part)):
+        return "LoRA adapter"
+    return "rotary table" if _ROTARY.fullmatch(snake(part)) else ""
 
 
 def _other_kind(last: str, words: frozenset[str]) -> str:
@@ -97,6 +105,7 @@ def split_path(path: str) -> list[str]:
     return re.split(r"[/.]", path)
 
 
+@functools.lru_cache(2**16)
 def snake(part: str) -> str:
     """A part of a path in lower case, with `_` between words: `LayerNorm_0` is `layer_norm_0`."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part).lower()

@@ -136,13 +136,15 @@ class Policy:
         paths = [leaf.path for leaf in leaves]
         numbers, found = first_matches(self.rules, paths), _training_state.by_path(paths)
         training = [by_path or leaf.training for by_path, leaf in zip(found, leaves, strict=True)]
-        decisions = [self._decide(*triple) for triple in zip(leaves, numbers, training, strict=True)]
+        rules = (Rule("*", order=self.order), *self.rules)
+        rows = zip(leaves, numbers, training, strict=True)
+        decisions = [self._decide(leaf, number, rules[number], why) for leaf, number, why in rows]
         if idle := set(range(1, len(self.rules) + 1)) - set(numbers):
             raise BTCPolicyError(self._why_idle(min(idle), paths, numbers))
         return decisions
 
-    def _decide(self, leaf: LeafSpec, number: int, training: str) -> Decision:
-        rule = self.rules[number - 1] if number else Rule("*", order=self.order)
+    def _decide(self, leaf: LeafSpec, number: int, rule: Rule, training: str) -> Decision:
+        """What a rule says of a leaf; rule 0 is the default, and `training` why that leaves the leaf dense."""
         codec = (self.codec or implied_codec(False)) if rule.codec == "default" else rule.codec
         obstacle = leaf.note or _not_floating(leaf)
         if number and codec and obstacle and not leaf.note:

@@ -252,6 +252,8 @@ def test_moments_of_a_train_state_in_training_pass_through():
 
     with jax.numpy_dtype_promotion("standard"):
         state = step(step(state))
-    for target in ({"bits": 4.5}, {}):
-        packed = btc_quantize(state, **target)
-        assert packed.opt_state[0].nu["kernel"] is state.opt_state[0].nu["kernel"]
+    before: Any = state.opt_state
+    for bits in (4.5, None):
+        packed: Any = btc_quantize(state, bits=bits)
+        assert is_packed(packed.params["kernel"])
+        assert packed.opt_state[0].nu["kernel"] is before[0].nu["kernel"]
