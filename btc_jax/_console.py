@@ -20,8 +20,11 @@ from btc_jax.report import codec_cell
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
 _IN_SHELL = (
-    (r"Name the leaves in a policy.*", "Name leaves with --rule '*weight=64', or lower --min-size"),
+    (r"Policy\(min_size=0\)", "--min-size 0"),
+    (r"pass what is under '.*?' as a tree of its own, or add ", "add "),
     (r"Rule\('(.*?)', None\)", r"--rule '\1=dense'"),
+    (r"Rule\('(.*?)'\)( in a policy)?", r"--rule '\1=packed'"),
+    (r"btc_plan shows", "`btc plan` shows"),
     (r"^(bits|size|rmse|sqnr)(_db)? (of|is) ", r"--\1 \3 "),
     (r"it is no compressed checkpoint$", "it is no compressed checkpoint; `btc quantize` makes one"),
 )

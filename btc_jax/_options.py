@@ -14,7 +14,6 @@ from btc_jax.codecs.multilevel import Effort
 from btc_jax.compare import dense_nbytes
 from btc_jax.policy import Policy, Rule
 from btc_jax.sources import open_source
-from btc_jax.stream import file_policy
 
 OWN = {"uniform": ("low_bits", "high_bits", "threshold", "header_dtype"), "multilevel": ("width", "effort")}
 """Options that only one codec has."""
@@ -68,13 +67,13 @@ class How:
     rule: Annotated[
         list[str] | None,
         _option(
-            "PATTERN=dense|BLOCKSIZE|weight:X",
-            "Leave leaves dense, give them another block size, or count their error X times. PATTERN is a glob over "
-            "the whole path, or a regular expression after 're:'. May be repeated; the first that matches a leaf "
-            "decides.",
+            "PATTERN=dense|packed|BLOCKSIZE|weight:X",
+            "Leave leaves dense, pack them whatever they are, give them another block size, or count their error X "
+            "times. PATTERN is a glob over the whole path, or a regular expression after 're:'. May be repeated; the "
+            "first that matches a leaf decides.",
         ),
     ] = None
-    min_size: Annotated[int, _option("N", "Fewest weights of a leaf that is taken without a rule.")] = Policy.min_size
+    min_size: Annotated[int, _option("N", "Fewest weights of a leaf that is packed without a rule.")] = Policy.min_size
 
     @property
     def target(self) -> Target | None:
@@ -86,15 +85,14 @@ class How:
         return {"bits": self.bits, "size": self.size, "rmse": self.rmse, "sqnr_db": self.sqnr}
 
     def policy_and_bytes(self, source: Path) -> tuple[Policy, int]:
-        """The default policy for the source with the user's rules, and the bytes of its leaves."""
+        """The policy that the options stand for, and the bytes of the leaves of the source."""
         codec = self._codec()
         self._refuse_what_changes_nothing(codec)
         rules = tuple(_rule(text, codec) for text in self.rule or ())
         with open_source(source) as opened:
-            policy = file_policy(codec, torch_layout=opened.torch_layout)
             total = sum(dense_nbytes(leaf.shape, leaf.dtype.name) for leaf in opened.leaves)
-        balance = policy.balance if self.balance is None else self.balance
-        return dataclasses.replace(policy, rules=rules, min_size=self.min_size, balance=balance), total
+        balance = Policy.balance if self.balance is None else self.balance
+        return Policy(codec, rules, min_size=self.min_size, balance=balance), total
 
     def _codec(self) -> Codec:
         name = self.codec or ("multilevel" if self.target else "uniform")
@@ -162,13 +160,13 @@ def _rule(text: str, codec: Codec) -> Rule:
     pattern, _, how = text.rpartition("=")
     if pattern and how == "dense":
         return Rule(pattern, None)
+    if pattern and how == "packed":
+        return Rule(pattern)
     if pattern and how.isdecimal() and len(how) < 7:
         return Rule(pattern, dataclasses.replace(codec, block_size=int(how)))  # pyright: ignore
     if pattern and how.startswith("weight:"):
-        return Rule(pattern, codec, weight=_number(f"--rule {text!r}: weight", how.removeprefix("weight:")))
-    raise ValueError(
-        f"--rule {text!r} is not PATTERN=dense, PATTERN=BLOCKSIZE or PATTERN=weight:X, such as '*/head/*=dense'"
-    )
+        return Rule(pattern, weight=_number(f"--rule {text!r}: weight", how.removeprefix("weight:")))
+    raise ValueError(f"--rule {text!r} is not PATTERN=dense, packed, BLOCKSIZE or weight:X, such as '*/head/*=dense'")
 
 
 def _as_it_is(value: Any) -> Any:

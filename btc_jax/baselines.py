@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from btc_jax._ties import once
 from btc_jax._typing import Array, ArrayLike, Float, Order, PyTree
 from btc_jax._xla import rounded
 from btc_jax.blocks import join, split
-from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tree_metrics
-from btc_jax.policy import Policy
+from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tied_row, tree_metrics
+from btc_jax.policy import Decision, Policy
 from btc_jax.tree import decide, refuse_nothing_to_do, refuse_without_values
 
 Blocks = Float[Array, "blocks size"]
@@ -73,10 +75,10 @@ def absmax4(group_size: int = 32) -> Baseline:
 
 
 def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None = None) -> tuple[PyTree, TreeMetrics]:
-    """Quantizes and decodes the leaves that `policy` takes (its codec is not used).
+    """Quantizes and decodes the leaves that `policy` packs (its codec is not used).
 
     Raises:
-        BTCPolicyError: a rule fits no leaf, or no leaf is taken.
+        BTCPolicyError: a rule fits no leaf, or no leaf is packed.
         ValueError: weights are NaN, infinite, or too large for the header; the message names the leaf.
         TypeError: a leaf has no values.
 
@@ -92,18 +94,22 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
     leaves, decisions, treedef = decide(params, policy or Policy())
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
-    decoded, rows = [], []
-    for leaf, decision in zip(leaves, decisions, strict=True):
-        storage = None
-        result = leaf
-        if decision.codec is not None:
-            group = _group(leaf.shape, baseline.group_size, decision.order)
-            result = _reconstruct(leaf, baseline, group, decision.order)
-            _refuse_not_finite(decision.path, leaf, result, baseline)
-            storage = _storage(leaf.size, baseline, group)
-        decoded.append(result)
-        rows.append(measure_leaf(decision.path, leaf, result, storage, decision.reason))
-    return treedef.unflatten(decoded), tree_metrics(rows)
+    pairs = once(lambda how, leaf: _quantized(how, leaf, baseline), decisions, leaves)
+    rows = [
+        tied_row(how.path, leaf, how.tied_to) if how.tied_to else measure_leaf(how.path, leaf, *pair, how.reason)
+        for how, leaf, pair in zip(decisions, leaves, pairs, strict=True)
+    ]
+    return treedef.unflatten([result for result, _ in pairs]), tree_metrics(rows)
+
+
+def _quantized(how: Decision, leaf: Any, baseline: Baseline) -> tuple[Any, Storage | None]:
+    """A leaf after quantization, and what a packed form would store; or a dense leaf as it is."""
+    if how.codec is None:
+        return leaf, None
+    group = _group(leaf.shape, baseline.group_size, how.order)
+    result = _reconstruct(leaf, baseline, group, how.order)
+    _refuse_not_finite(how.path, leaf, result, baseline)
+    return result, _storage(leaf.size, baseline, group)
 
 
 def _refuse_not_finite(path: str, leaf: ArrayLike, result: Array, baseline: Baseline) -> None:

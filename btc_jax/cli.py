@@ -75,7 +75,8 @@ def plan(
 ):
     """What would be done to each leaf, and how large the result is.
 
-    Leaves that stay dense have a reason. No values are read, except to measure.
+    Leaves that stay dense have a reason. No values are read, except to measure; what --bits or --size allows is known
+    without.
 
     \b
     btc plan model.safetensors
@@ -86,8 +87,8 @@ def plan(
     with progress("measuring", None if measure else 0):
         found = plan_file(source, policy=policy, measure=measure, **how.targets)
     rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
-    vague = policy.codec.adaptive and not measure
-    hint = ["The target lies between; --measure reads the values, and tells exactly."] if vague else []
+    vague = found.target is not None and found.bytes_min < found.bytes_max
+    hint = [] if not vague else ["--measure reads the values, and tells the size of each leaf exactly."]
     show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name), *hint)
 
 
@@ -116,7 +117,9 @@ def quantize(
     if shard and target.suffix != SUFFIX:
         raise ValueError(f"{target} must end in {SUFFIX} to be split into several files; rename it")
     policy, total = how.policy_and_bytes(source)
-    with progress("quantizing", total, "sharing out bits" if policy.codec.adaptive else "") as on_leaf:
+    with progress(
+        "quantizing", total, "sharing out bits" if how.target or (policy.codec and policy.codec.adaptive) else ""
+    ) as on_leaf:
         done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **how.targets)
     ratio = done.bytes_before / max(done.bytes_after, 1)
     resumed = f" ({done.resumed} by an earlier run)" if done.resumed else ""

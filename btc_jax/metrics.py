@@ -1,4 +1,4 @@
-"""What quantization cost and saved: bits, bytes and error, for each leaf and in all.
+"""What quantization cost and saved: bits, bytes and error, for each leaf and for the tree.
 
 Bits are counted honestly: *payload* bits are those of the codes of real weights, *header* bits all that is stored
 beside them, and *effective* bits everything stored, padding of the last block included, over the number of weights.
@@ -6,7 +6,7 @@ beside them, and *effective* bits everything stored, padding of the last block i
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._mesh import gathered, off_mesh
+from btc_jax._refuse import refuse_other_paths, refuse_other_trees
+from btc_jax._ties import first_paths
 from btc_jax._typing import Array, ArrayLike, PyTree
 from btc_jax.codecs import Codec
 from btc_jax.policy import BTCPolicyError, Decision, Policy
@@ -100,7 +102,15 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class LeafMetrics:
-    """One leaf: what it is, why it is packed or not, its bytes, and its figures if it is packed."""
+    """One leaf.
+
+    Attributes:
+        path, shape, dtype: the leaf.
+        reason: why it is packed, or is not.
+        bytes_before, bytes_after: its bytes; 0 where it is the same array as one before it.
+        measures: its figures, if it is packed and not tied to another.
+        tied_to: path of the leaf that is the same array, or empty.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -109,6 +119,7 @@ class LeafMetrics:
     bytes_before: int
     bytes_after: int
     measures: Measures | None
+    tied_to: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +153,7 @@ def btc_metrics(
         codec, policy: those given to `btc_quantize`; they tell the reasons of dense leaves.
 
     Raises:
-        ValueError: the trees differ in paths or shapes.
+        ValueError: the trees differ in paths or shapes, or have changed places, or nothing was quantized.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
@@ -152,14 +163,29 @@ def btc_metrics(
         (16640, 4616, ['bias', 'default'])
     """
     before, after = dict_of(params), dict_of(quantized)
-    check_same_paths(before, after)
+    refuse_other_paths(before, after)
     decisions = _decisions(params, one_policy(codec, policy))
+    origins, twins = first_paths(before), first_paths(after)
     rows = []
     for path, leaf in after.items():
-        storage = storage_of(leaf) if is_packed(leaf) and not is_packed(before[path]) else None
-        decoded = leaf.dequantize() if storage else leaf
-        rows.append(measure_leaf(path, before[path], decoded, storage, _reason(decisions[path], storage)))
+        tied = origins[path] == twins[path] != path
+        row = tied_row(path, leaf, twins[path]) if tied else _row(path, before[path], leaf, decisions[path])
+        rows.append(_counted_once(row, origins[path] == path, twins[path] == path))
+    refuse_other_trees(before, after)
     return tree_metrics(rows)
+
+
+def _row(path: str, original: Any, leaf: Any, decision: Decision) -> "LeafRow":
+    storage = storage_of(leaf) if is_packed(leaf) and not is_packed(original) else None
+    decoded = leaf.dequantize() if storage else leaf
+    return measure_leaf(path, original, decoded, storage, _reason(decision, storage))
+
+
+def _counted_once(row: "LeafRow", before: bool, after: bool) -> "LeafRow":
+    """The row without the bytes of arrays that an earlier row has, where only one of the trees ties them."""
+    leaf, storage, error = row
+    kept = {"bytes_before": before * leaf.bytes_before, "bytes_after": after * leaf.bytes_after}
+    return dataclasses.replace(leaf, **kept), storage if after else Storage(), error if after else Error()
 
 
 LeafRow = tuple[LeafMetrics, Storage, Error]
@@ -181,6 +207,13 @@ def measure_leaf(path: str, original: Any, decoded: Any, storage: Storage | None
     error = error_of(original, decoded)
     measures = Measures.of(storage, error)
     return LeafMetrics(path, shape, dtype, reason, before, storage.nbytes, measures), storage, error
+
+
+def tied_row(path: str, leaf: Any, origin: str) -> LeafRow:
+    """The metrics of a leaf that is the same array as the one at `origin`, which is counted there."""
+    dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
+    row = LeafMetrics(path, tuple(np.shape(leaf)), dtype, f"tied to {origin}", 0, 0, None, origin)
+    return row, Storage(), Error()
 
 
 def tree_metrics(rows: Iterable[LeafRow]) -> TreeMetrics:
@@ -247,14 +280,9 @@ def dict_of(tree: PyTree) -> dict[str, Any]:
     return dict(zip(paths, leaves, strict=True))
 
 
-def check_same_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    if odd := sorted(before.keys() ^ after.keys()):
-        raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in all)")
-
-
 def _reason(decision: Decision, storage: Storage | None) -> str:
     """The reason of the policy, unless the leaf was packed with another."""
-    if (decision.codec is None) == (storage is None):
+    if (decision.codec is None) == (storage is None) and not decision.tied_to:
         return decision.reason
     return "left dense" if storage is None else "packed"
 

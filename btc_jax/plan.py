@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Choice, target_of
+from btc_jax.allocate import Choice, Target, target_of, usual_target
 from btc_jax.codecs import Codec
 from btc_jax.coding import count_widths, packed_nbytes
 from btc_jax.policy import Decision, Policy
@@ -25,10 +26,11 @@ class PlanRow:
         path, shape, dtype: the leaf.
         codec: its codec, or `None` if it stays dense.
         order: how its weights would run through the blocks.
-        reason: why it is taken, or is not.
-        bytes_before: bytes of the leaf as it is.
+        reason: why it is packed, or is not.
+        bytes_before: bytes of the leaf as it is; 0 if it is the same array as one before it.
         bytes_min, bytes_max: bytes after, if all its blocks took the narrowest width, and the widest. Equal for dense
             leaves, for codecs with one width, and where the blocks were measured.
+        tied_to: path of the leaf that is the same array and has its bytes, or empty.
     """
 
     path: str
@@ -40,13 +42,24 @@ class PlanRow:
     bytes_before: int
     bytes_min: int
     bytes_max: int
+    tied_to: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A row for every leaf, in the order of the tree."""
+    """A row for every leaf, in the order of the tree, and what a target implies for all of them.
+
+    Attributes:
+        rows: the leaves.
+        target: the target that bits are shared out for, or `None`.
+        limit: bytes that the target leaves for the tree; `None` without one, or where that depends on the values.
+        bytes_before: bytes of the tree as it is.
+        bytes_min, bytes_max: the smallest and the largest result; the target counts.
+    """
 
     rows: tuple[PlanRow, ...]
+    target: Target | None = None
+    limit: int | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -58,13 +71,24 @@ class Plan:
 
     @property
     def bytes_max(self) -> int:
-        return sum(row.bytes_max for row in self.rows)
+        widest = sum(row.bytes_max for row in self.rows)
+        return widest if self.limit is None else min(widest, self.limit)
+
+    @property
+    def note(self) -> str:
+        """What the target implies, in words; empty where it implies nothing, or the sizes are exact."""
+        if self.target is None or self.limit is None or self.bytes_min == self.bytes_max:
+            return ""
+        ratio = self.bytes_before / max(self.bytes_max, 1)
+        value = format(self.target.value, ",.0f" if self.target.kind == "size" else "g")
+        return f"{self.target.kind} of {value}: at most {self.bytes_max:,} bytes, {ratio:.2f} times smaller"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         rows = [dataclasses.asdict(row) | {"codec": row.codec and row.codec.to_json()} for row in self.rows]
         totals = {name: getattr(self, name) for name in ("bytes_before", "bytes_min", "bytes_max")}
-        return totals | {"leaves": rows}
+        target = self.target and {"kind": self.target.kind, "value": self.target.value, "named": self.target.named}
+        return totals | {"target": target, "leaves": rows}
 
 
 def btc_plan(
@@ -78,10 +102,11 @@ def btc_plan(
     sqnr_db: float | None = None,
     measure: bool = False,
 ) -> Plan:
-    """Which leaves `btc_quantize` would take, why not the others, and the bytes of the result.
+    """Which leaves `btc_quantize` would pack, why not the others, and the bytes of the result.
 
     Works on the tree that `jax.eval_shape(model.init, ...)` returns: values are not touched, unless `measure` asks for
-    it. Where a codec has several widths, the size depends on the values, so the plan gives both ends of its range.
+    it. Where a codec has several widths, the size of a leaf depends on the values, so the plan gives both ends of its
+    range. A target of bits or size bounds the total: `bytes_max` is then what the target allows.
 
     Args:
         params: a pytree of arrays or `jax.ShapeDtypeStruct`.
@@ -91,6 +116,7 @@ def btc_plan(
 
     Raises:
         BTCPolicyError: a rule fits no leaf.
+        ValueError: the target cannot be reached, whatever the values.
         TypeError: `measure` is asked of leaves without values.
 
     Example:
@@ -98,6 +124,8 @@ def btc_plan(
         >>> plan = btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32), "bias": jnp.zeros(64)})
         >>> [(row.path, row.reason, row.bytes_min, row.bytes_max) for row in plan.rows]
         [('bias', 'bias', 256, 256), ('kernel', 'default', 2312, 4360)]
+        >>> btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, bits=4.5).note
+        'bits of 4.5: at most 2,304 bytes, 7.11 times smaller'
     """
     target = target_of(bits, size, rmse, sqnr_db)
     policy = one_policy(codec, policy, target)
@@ -108,27 +136,77 @@ def btc_plan(
             if how.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
                 raise TypeError(f"{how.path} is a ShapeDtypeStruct, without values to measure; leave out measure=True")
         choices = choose(leaves, decisions, target, policy.balance)
-    return plan_of(leaves, decisions, choices)
+    return plan_of(leaves, decisions, choices, target)
 
 
-def plan_of(leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Choice | None]) -> Plan:
-    """The plan of leaves of which it is known what the policy says, and how they are packed: exactly, or `None`."""
-    return Plan(tuple(_row(*row) for row in zip(leaves, decisions, choices, strict=True)))
+def plan_of(
+    leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Choice | None], target: Target | None = None
+) -> Plan:
+    """A plan from leaves, decisions, and, where the leaves were measured, the final choices.
+
+    Raises:
+        ValueError: the target cannot be reached, whatever the values.
+    """
+    paths = [how.path for how in decisions]
+    first = first_paths(dict(zip(paths, leaves, strict=True)))
+    before = [leaf_nbytes(leaf) if first[path] == path else 0 for path, leaf in zip(paths, leaves, strict=True)]
+    rows = tuple(_row(*row) for row in zip(leaves, decisions, choices, before, strict=True))
+    packed = [(row, how.codec) for row, how in zip(rows, decisions, strict=True) if how.codec and not how.tied_to]
+    if target and packed and not any(choices):
+        _refuse_unreachable(target, packed, sum(row.bytes_min for row in rows))
+    if target is None:
+        packed = [(row, codec) for row, codec in packed if codec.adaptive]
+        target = usual_target([codec for _, codec in packed]) if packed else None
+    return Plan(rows, target, target and _limit(target, rows, [row for row, _ in packed]))
 
 
-def _row(leaf: Any, decision: Decision, choice: Choice | None) -> PlanRow:
-    before = leaf_nbytes(leaf)
-    low, high = (before, before) if decision.codec is None else _packed_range(leaf, decision.codec, choice)
+def _limit(target: Target, rows: Sequence[PlanRow], packed: Sequence[PlanRow]) -> int | None:
+    """Bytes of all rows that a target allows; `packed` are those that it is about."""
+    if target.kind == "size":
+        return math.floor(target.value)
+    if target.kind != "bits":
+        return None
+    others = sum(row.bytes_max for row in rows) - sum(row.bytes_max for row in packed)
+    allowed = math.floor(target.value * _weights(packed) / 8)
+    return others + max(allowed, sum(row.bytes_min for row in packed))
+
+
+def _refuse_unreachable(target: Target, packed: Sequence[tuple[PlanRow, Codec]], smallest: int) -> None:
+    """As `btc_quantize` does, as far as the widths of the codecs tell."""
+    if not any(codec.adaptive for _, codec in packed):
+        raise ValueError(
+            f"{target.kind}={target.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
+            "Multilevel(), or Uniform(threshold='auto')"
+        )
+    if target.kind == "size" and target.value < smallest:
+        raise ValueError(f"size of {target.value:,.0f} cannot be reached: these leaves and codecs need {smallest:,}")
+    rows = [row for row, _ in packed]
+    low, high = (8 * sum(getattr(row, end) for row in rows) / _weights(rows) for end in ("bytes_min", "bytes_max"))
+    if target.kind == "bits" and not low * (1 - 1e-9) <= target.value <= high * (1 + 1e-9):
+        raise ValueError(
+            f"bits of {target.value:.4g} cannot be reached: these leaves and codecs reach from {low:.4g} to {high:.4g}"
+        )
+
+
+def _weights(rows: Sequence[PlanRow]) -> int:
+    return sum(math.prod(row.shape) for row in rows)
+
+
+def _row(leaf: Any, how: Decision, choice: Choice | None, before: int) -> PlanRow:
+    low = high = 0 if how.tied_to else leaf_nbytes(leaf)
+    if how.codec and not how.tied_to:
+        low, high = _packed_range(leaf, how.codec, choice)
     return PlanRow(
-        decision.path,
-        tuple(getattr(leaf, "shape", ())),
-        str(getattr(leaf, "dtype", type(leaf).__name__)),
-        leaf.codec if is_packed(leaf) else choice.codec if choice else decision.codec,
-        leaf.order if is_packed(leaf) else choice.order if choice else decision.order,
-        decision.reason,
-        before,
-        low,
-        high,
+        path=how.path,
+        shape=tuple(getattr(leaf, "shape", ())),
+        dtype=str(getattr(leaf, "dtype", type(leaf).__name__)),
+        codec=leaf.codec if is_packed(leaf) else choice.codec if choice else how.codec,
+        order=leaf.order if is_packed(leaf) else choice.order if choice else how.order,
+        reason=how.reason,
+        bytes_before=before,
+        bytes_min=low,
+        bytes_max=high,
+        tied_to=how.tied_to,
     )
 
 

@@ -1,68 +1,23 @@
-"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never looked at."""
+"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never read."""
 
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
+from btc_jax import _training_state
+from btc_jax._leaf_kinds import collection_of, kind_of, order_of, split_path
+from btc_jax._rules import BTCPolicyError as BTCPolicyError
+from btc_jax._rules import Rule as Rule
+from btc_jax._rules import check_order, first_matches, is_number
 from btc_jax._typing import Order
-from btc_jax.blocks import ORDERS
-from btc_jax.codecs import Codec, Uniform
+from btc_jax.codecs import Codec, Multilevel, Uniform
 
-_STATE_COLLECTIONS = ("batch_stats", "cache", "intermediates")
-"""Collections of a Linen variables dict that are state, not weights."""
-
-_KINDS = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
-
-
-class BTCPolicyError(ValueError):
-    """A policy does not fit the tree it is applied to."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What happens to the leaves whose path matches a pattern.
-
-    Args:
-        pattern: a glob over the whole path, in which `*` also spans `/` (`"encoder/*/kernel"`); or, after `re:`, a
-            regular expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
-        codec: how matching leaves are coded; `None` leaves them dense.
-        order: how their weights run through the blocks, just so; `None` leaves it to the policy.
-        weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
-
-    Raises:
-        BTCPolicyError: the regular expression is malformed, or an argument is of the wrong kind.
-    """
-
-    pattern: str
-    codec: Codec | None
-    order: Order | None = None
-    weight: float = 1.0
-
-    def __post_init__(self):
-        if not isinstance(self.pattern, str):
-            raise BTCPolicyError(f"pattern is {self.pattern!r}; it must be a string, such as '*/kernel'")
-        if not isinstance(self.codec, Codec | None):
-            raise BTCPolicyError(f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec or None")
-        _check_order(self.order)
-        if not (_is_number(self.weight) and 0 < self.weight < math.inf):
-            raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
-        try:
-            self.matches("")
-        except re.error as error:
-            raise BTCPolicyError(f"rule {self.pattern!r} is no regular expression: {error}") from error
-
-    def matches(self, path: str) -> bool:
-        if self.pattern.startswith("re:"):
-            return re.fullmatch(self.pattern[3:], path) is not None
-        return fnmatchcase(path, self.pattern)
+_DTYPES = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +27,17 @@ class LeafSpec:
     Attributes:
         path: the keys of the leaf joined by `/`.
         shape: its shape.
-        dtype: its dtype; `None` for what is no array.
+        dtype: its dtype; `None` for what is not an array.
         note: why the leaf cannot be quantized whatever the policy says, or empty.
+        training: what the containers around the leaf tell that it is to the training of the model, such as "optimizer
+            state"; empty for a parameter, or where only the path can tell.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     note: str = ""
+    training: str = ""
 
     @property
     def name(self) -> str:
@@ -95,9 +53,10 @@ class Decision:
         path: the leaf.
         codec: its codec, or `None` for a dense leaf.
         order: how its weights run through the blocks.
-        reason: why it is taken, or is not.
+        reason: why it is packed, or is not.
         free: the order may become the one that transforms the taps as well, where that pays.
         weight: how much its squared error counts.
+        tied_to: path of the leaf before it that is the same array, and is packed or kept for both; or empty.
     """
 
     path: str
@@ -106,38 +65,48 @@ class Decision:
     reason: str
     free: bool = False
     weight: float = 1.0
+    tied_to: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Chooses the leaves to quantize: by the first rule whose pattern matches, else by the default.
 
-    The default takes floating leaves that are named `kernel` or `embedding`, have 2 axes or more and 4096 weights or
-    more, and are not in a state collection such as `batch_stats`. A rule overrides all of that.
+    The default packs floating leaves of 2 axes or more and 4096 weights or more, except those whose path tells that
+    they are not weight matrices: biases, scales and other parameters of norms, statistics, position and rotary tables,
+    class and mask tokens, LoRA adapters, and collections of state such as `batch_stats`. It also leaves dense what
+    belongs to the training: optimizer states, moving averages (EMA) and gradients. A rule overrides all of that. Leaves
+    without elements, and those that are not floating, always stay dense.
 
     Args:
-        codec: the codec of leaves taken by default.
+        codec: the codec of leaves packed by default. `None` is the one that the call implies: `Multilevel()` with a
+            target such as `bits=4.5`, and `Uniform()` without.
         rules: looked through in order; the first that matches a leaf decides.
-        names: globs for the names (last keys) that the default takes; `("*",)` takes any.
-        min_axes: fewest axes that the default takes.
-        min_size: fewest weights that the default takes.
-        order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for leaves
-            named `embedding`, `"output-major"` for all others.
+        names: globs for names: the default then packs leaves of these names only, whatever else the names tell, and
+            `("*",)` is any. A name is the last key of a path; of one with dots, also what follows the last dot.
+        min_axes: fewest axes that the default packs.
+        min_size: fewest weights that the default packs.
+        order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for embeddings
+            and for leaves named `weight`, as PyTorch and Equinox have them, and `"output-major"` for all others.
         taps: where bits are shared out for a target, an order may become the one that transforms the taps of a
             convolution as well, if that pays.
         balance: where bits are shared out for a target, the squared error of a leaf counts `rms ** -balance`: 0 for the
             least total error, 2 for the least error of each leaf relative to its weights.
 
+    Raises:
+        BTCPolicyError: if an argument is of the wrong kind.
+
     Example:
         >>> policy = Policy(Uniform(block_size=32), rules=(Rule("*/head/*", None),))
-        >>> leaves = [LeafSpec(f"{p}/kernel", (64, 64), np.dtype("float32")) for p in ("net/body", "net/head")]
+        >>> paths = ("net/body/kernel", "net/body/bias", "net/head/kernel")
+        >>> leaves = [LeafSpec(path, (64, 64), jnp.dtype("float32")) for path in paths]
         >>> [(d.path, d.codec is None, d.reason) for d in policy.decide(leaves)]
-        [('net/body/kernel', False, 'default'), ('net/head/kernel', True, 'rule 1')]
+        [('net/body/kernel', False, 'default'), ('net/body/bias', True, 'bias'), ('net/head/kernel', True, 'rule 1')]
     """
 
-    codec: Codec = dataclasses.field(default_factory=Uniform)
+    codec: Codec | None = None
     rules: tuple[Rule, ...] = ()
-    names: tuple[str, ...] = ("kernel", "embedding")
+    names: tuple[str, ...] | None = None
     min_axes: int = 2
     min_size: int = 4096
     order: Order | None = None
@@ -148,68 +117,78 @@ class Policy:
         if isinstance(self.rules, Rule):
             raise BTCPolicyError("rules is a single Rule; put it into a tuple: rules=(rule,)")
         object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
-        if not isinstance(self.codec, Codec):
-            raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform()")
+        if self.names is not None:
+            object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
+        if not isinstance(self.codec, Codec | None):
+            raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform(), or None")
         if not all(isinstance(rule, Rule) for rule in self.rules):
             raise BTCPolicyError(f"rules are {self.rules!r}; each must be a Rule(pattern, codec)")
-        if not (_is_number(self.balance) and 0 <= self.balance <= 2):
+        if not (is_number(self.balance) and 0 <= self.balance <= 2):
             raise BTCPolicyError(f"balance is {self.balance!r}; it must be a number from 0 to 2")
-        _check_order(self.order)
+        check_order(self.order)
 
     def decide(self, leaves: Sequence[LeafSpec]) -> list[Decision]:
-        """One decision a leaf, in their order.
+        """One decision a leaf, in their order. Without a codec, `Uniform()` is that of the policy.
 
         Raises:
-            BTCPolicyError: a rule decides no leaf, or asks to quantize what is not floating.
+            BTCPolicyError: if a rule decides no leaf, or asks to quantize what is not floating.
         """
-        decisions = [self._decide(leaf) for leaf in leaves]
-        for number, rule in enumerate(self.rules, 1):
-            matching = [leaf.path for leaf in leaves if rule.matches(leaf.path)]
-            if not matching:
-                raise BTCPolicyError(f"rule {number} ({rule.pattern!r}) matches no leaf; {_nearest(rule, leaves)}")
-            if not any(self._first_match(path) == number for path in matching):
-                raise BTCPolicyError(self._conflict(number, matching))
+        paths = [leaf.path for leaf in leaves]
+        numbers, found = first_matches(self.rules, paths), _training_state.by_path(paths)
+        training = [by_path or leaf.training for by_path, leaf in zip(found, leaves, strict=True)]
+        rules = (Rule("*", order=self.order), *self.rules)
+        rows = zip(leaves, numbers, training, strict=True)
+        decisions = [self._decide(leaf, number, rules[number], why) for leaf, number, why in rows]
+        if idle := set(range(1, len(self.rules) + 1)) - set(numbers):
+            raise BTCPolicyError(self._why_idle(min(idle), paths, numbers))
         return decisions
 
-    def _decide(self, leaf: LeafSpec) -> Decision:
-        number = self._first_match(leaf.path)
-        rule = self.rules[number - 1] if number else Rule("*", self.codec, self.order)
+    def _decide(self, leaf: LeafSpec, number: int, rule: Rule, training: str) -> Decision:
+        """What a rule says of a leaf; rule 0 is the default, and `training` why that leaves the leaf dense."""
+        codec = (self.codec or implied_codec(False)) if rule.codec == "default" else rule.codec
         obstacle = leaf.note or _not_floating(leaf)
-        if number and rule.codec and obstacle and not leaf.note:
+        if number and codec and obstacle and not leaf.note:
             raise BTCPolicyError(
                 f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}; "
                 f"narrow the pattern, or put Rule({leaf.path!r}, None) before it"
             )
+        obstacle = obstacle or ("empty" if 0 in leaf.shape else "")
         if not number:
-            obstacle = obstacle or self._not_by_default(leaf)
-        order: Order = rule.order or self.order or ("stored" if leaf.name == "embedding" else "output-major")
+            obstacle = obstacle or training or self._not_by_default(leaf)
         reason = obstacle or (f"rule {number}" if number else "default")
+        order: Order = rule.order or self.order or order_of(leaf.path)
         free = self.taps and not (number and rule.order)
-        return Decision(leaf.path, None if obstacle else rule.codec, order, reason, free, rule.weight)
-
-    def _first_match(self, path: str) -> int:
-        """Number of the rule that decides a path, from 1; 0 is the default."""
-        return next((number for number, rule in enumerate(self.rules, 1) if rule.matches(path)), 0)
+        return Decision(leaf.path, None if obstacle else codec, order, reason, free, rule.weight)
 
     def _not_by_default(self, leaf: LeafSpec) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""
-        collection = leaf.path.split("/", 1)[0]
-        if collection in _STATE_COLLECTIONS:
-            return collection
-        if not any(fnmatchcase(leaf.name, name) for name in self.names):
-            return "unnamed" if leaf.name.isdigit() else leaf.name or "unnamed"
+        kind = kind_of(leaf.path) if self.names is None else "" if self._is_named(leaf) else "not in names"
+        if why := collection_of(leaf.path) or kind:
+            return why
         if len(leaf.shape) < self.min_axes:
             return f"fewer than {self.min_axes} axes"
-        return "too small" if np.prod(leaf.shape, dtype=np.int64) < self.min_size else ""
+        return "too small" if math.prod(leaf.shape) < self.min_size else ""
 
-    def _conflict(self, number: int, matching: Sequence[str]) -> str:
-        earlier = sorted({self._first_match(path) for path in matching})
-        names = " and ".join(f"rule {i} ({self.rules[i - 1].pattern!r})" for i in earlier)
+    def _is_named(self, leaf: LeafSpec) -> bool:
+        names = (leaf.name, split_path(leaf.path)[-1])
+        return any(fnmatchcase(name, pattern) for name in names for pattern in self.names or ())
+
+    def _why_idle(self, number: int, paths: Sequence[str], numbers: Sequence[int]) -> str:
+        rule = self.rules[number - 1]
+        deciding = {path: first for path, first in zip(paths, numbers, strict=True) if rule.matches(path)}
+        if not deciding:
+            return f"rule {number} ({rule.pattern!r}) matches no leaf; {_nearest(rule, paths)}"
+        names = " and ".join(f"rule {i} ({self.rules[i - 1].pattern!r})" for i in sorted(set(deciding.values())))
         return (
-            f"rule {number} ({self.rules[number - 1].pattern!r}) decides no leaf: the {len(matching)} it matches, "
-            f"{matching[0]} among them, are decided by {names} before it; put the narrower rule first, or drop one"
+            f"rule {number} ({rule.pattern!r}) decides no leaf: the {len(deciding)} it matches, "
+            f"{next(iter(deciding))} among them, are decided by {names} before it; put the narrower rule first, or "
+            "drop one"
         )
+
+
+def implied_codec(target: bool) -> Codec:
+    """The codec that a call implies where none is named: with a target, or without."""
+    return Multilevel() if target else Uniform()
 
 
 def _not_floating(leaf: LeafSpec) -> str:
@@ -217,25 +196,15 @@ def _not_floating(leaf: LeafSpec) -> str:
         return "not an array"
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return ""
-    return _KINDS.get(getattr(leaf.dtype, "kind", ""), str(leaf.dtype))
+    return _DTYPES.get(getattr(leaf.dtype, "kind", ""), str(leaf.dtype))
 
 
 def _kind(leaf: LeafSpec) -> str:
     return "not an array" if leaf.dtype is None else f"{leaf.dtype}, not floating"
 
 
-def _nearest(rule: Rule, leaves: Sequence[LeafSpec]) -> str:
-    paths = [leaf.path for leaf in leaves]
+def _nearest(rule: Rule, paths: Sequence[str]) -> str:
     if not paths:
         return "the tree is empty"
     near = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3) or paths[:3]
     return f"there are {len(paths)} leaves, such as {', '.join(near)}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_order(order: str | None) -> None:
-    if order is not None and order not in ORDERS:
-        raise BTCPolicyError(f"order is {order!r}; it can be None, {', '.join(map(repr, ORDERS))}")

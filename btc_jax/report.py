@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from btc_jax.metrics import Measures, TreeMetrics
-from btc_jax.plan import Plan
+from btc_jax.plan import Plan, PlanRow
 from btc_jax.search import SearchResult, Trial
 
 _MEASURES = ("wide", "payload", "header", "effective", "rmse", "rel. rmse", "SQNR dB", "largest")
@@ -20,7 +20,7 @@ def metrics_table(metrics: TreeMetrics, title: str = "Quantized leaves (bits per
     table = _table(title, ("leaf", "shape", "reason", "bytes", "packed", *_MEASURES))
     for leaf in metrics.leaves:
         figures = [""] * len(_MEASURES) if leaf.measures is None else _measures(leaf.measures)
-        after = f"{leaf.bytes_after:,}" if leaf.measures else "dense"
+        after = f"{leaf.bytes_after:,}" if leaf.measures else "" if leaf.tied_to else "dense"
         cells = (leaf.path, _shape(leaf.shape), leaf.reason, f"{leaf.bytes_before:,}", after, *figures)
         _add(table, cells, None if leaf.measures else "dim")
     table.add_section()
@@ -30,15 +30,23 @@ def metrics_table(metrics: TreeMetrics, title: str = "Quantized leaves (bits per
 
 
 def plan_table(plan: Plan, title: str = "Plan") -> Table:
-    """A row a leaf: what would be taken, why not the others, and the bytes after."""
+    """A row a leaf: what would be packed, why not the others, and the bytes after; as caption, what a target allows."""
     table = _table(title, ("leaf", "shape", "dtype", "reason", "codec", "bytes", "after"))
     for row in plan.rows:
         codec = "dense" if row.codec is None else codec_cell(row.codec.to_json(), row.order)
-        size = (f"{row.bytes_before:,}", _range(row.bytes_min, row.bytes_max))
-        _add(table, (row.path, _shape(row.shape), row.dtype, row.reason, codec, *size), None if row.codec else "dim")
+        cells = (row.path, _shape(row.shape), row.dtype, row.reason, codec, f"{row.bytes_before:,}", _after(row, plan))
+        _add(table, cells, None if row.codec else "dim")
     table.add_section()
-    _add(table, ("all", "", "", "", "", f"{plan.bytes_before:,}", _range(plan.bytes_min, plan.bytes_max)), "bold")
+    after = f"at most {plan.bytes_max:,}" if plan.note else _range(plan.bytes_min, plan.bytes_max)
+    _add(table, ("all", "", "", "", "", f"{plan.bytes_before:,}", after), "bold")
+    table.caption = Text(plan.note) if plan.note else None
     return table
+
+
+def _after(row: PlanRow, plan: Plan) -> str:
+    """The bytes of a leaf, if they do not depend on how a target is shared out."""
+    shared = plan.note and row.codec is not None and row.codec.adaptive and row.bytes_min < row.bytes_max
+    return "shared out" if shared else _range(row.bytes_min, row.bytes_max)
 
 
 def search_table(result: SearchResult, title: str = "Search (bits per weight)") -> Table:

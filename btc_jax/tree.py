@@ -1,4 +1,4 @@
-"""The same for whole trees: every leaf that the policy takes is packed, decoded, or both."""
+"""Quantize, decode, and do both in one traced call, for whole trees of parameters."""
 
 import dataclasses
 import math
@@ -11,13 +11,16 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from btc_jax import coding
+from btc_jax import _training_state, coding
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
+from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
+from btc_jax._refuse import refuse_without_values as refuse_without_values
+from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
-from btc_jax.codecs import Codec, Multilevel, Uniform
-from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule
+from btc_jax.codecs import Codec
+from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
@@ -32,20 +35,21 @@ def btc_quantize(
     sqnr_db: float | None = None,
     progress: bool = False,
 ) -> PyTree:
-    """Packs the weights of a model: the same tree, with a `BTCTensor` for each leaf that the policy takes.
+    """Packs the weights of a model: the same tree, with a `BTCTensor` for each leaf that the policy packs.
 
     Linen `params` and whole variables dicts, NNX states, nested dicts, lists, tuples and dataclasses all work.
     Unmodified models run on the result: `model.apply({"params": q}, x)`, `nnx.merge(graphdef, q)(x)`. Leaves that are
-    packed already pass through untouched.
+    packed already pass through untouched, and so do optimizer states and moving averages, as in a whole `TrainState`.
+    One array at two paths (tied weights) is packed once, and the packed leaf is one object at both.
 
     With a target the bits are shared out over the whole tree for the least error; without one, codecs that adapt to a
     target come to a usual one: `Multilevel` to 4.5 bits, `Uniform(threshold="auto")` to 5.5 with blocks of 64.
 
     Args:
         params: a pytree of jax or numpy arrays.
-        codec: the codec of leaves taken by default; short for `policy=Policy(codec)`.
-        policy: which leaves are taken, and how. If neither is given, `Policy(Multilevel())` with a target, and
-            `Policy()` without.
+        codec: the codec of leaves packed by default; short for `policy=Policy(codec)`.
+        policy: which leaves are packed, and how. Where neither names a codec, it is `Multilevel()` with a target, and
+            `Uniform()` without.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
         rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
@@ -59,7 +63,7 @@ def btc_quantize(
     Raises:
         ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
             empty; or the target cannot be reached, and the message says what can.
-        BTCPolicyError: a rule fits no leaf, or no leaf is taken.
+        BTCPolicyError: a rule fits no leaf, or no leaf is packed.
         TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
     Example:
@@ -76,8 +80,7 @@ def btc_quantize(
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
     choices = choose(leaves, decisions, target, policy.balance)
-    triples = list(zip(leaves, decisions, choices, strict=True))
-    return treedef.unflatten([_quantize(*triple) for triple in tracked(triples, "quantizing", progress)])
+    return treedef.unflatten(once(_quantize, decisions, tracked(leaves, "quantizing", progress), choices))
 
 
 def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
@@ -89,6 +92,7 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
 
     Returns:
         A tree with the structure, shapes and dtypes of the one that was quantized; float64 only under jax's x64 mode.
+        A packed leaf at two paths is decoded once.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
@@ -97,7 +101,9 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         >>> bool(jnp.allclose(decoded["kernel"], params["kernel"], atol=5e-3))
         True
     """
-    return jax.tree.map(lambda x: x.dequantize(dtype) if is_packed(x) else x, tree, is_leaf=is_packed)
+    packed = {id(leaf): leaf for leaf in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(leaf)}
+    decoded = {key: leaf.dequantize(dtype) for key, leaf in packed.items()}
+    return jax.tree.map(lambda x: decoded[id(x)] if is_packed(x) else x, tree, is_leaf=is_packed)
 
 
 def btc_allocate(
@@ -158,7 +164,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
                 "result: policy=btc_allocate(params, bits=4.5)"
             )
     choices = choose(leaves, decisions, None, policy.balance)
-    return btc_dequantize(treedef.unflatten(map(_reconstruct, leaves, choices)))
+    return btc_dequantize(treedef.unflatten(once(_reconstruct, decisions, leaves, choices)))
 
 
 def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -178,7 +184,9 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
 def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], Any]:
     """Leaves of a tree, what the policy says of each, and the structure."""
     paths, leaves, treedef = flatten(params)
-    return leaves, policy.decide([_spec(*pair) for pair in zip(paths, leaves, strict=True)]), treedef
+    training = _training_state.by_container(params, is_packed)
+    decisions = policy.decide([_spec(*triple) for triple in zip(paths, leaves, training, strict=True)])
+    return leaves, tie(leaves, decisions), treedef
 
 
 def choose(
@@ -189,18 +197,19 @@ def choose(
     Args:
         leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
     """
-    taken = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is not None]
+    separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
+    taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
     adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
     if target is None and adaptive:
         target, shared = usual_target([how.codec for _, how in adaptive if how.codec]), adaptive
     else:
         shared = taken if target else []
-    beside = sum(leaf_nbytes(leaf) for leaf, how in zip(leaves, decisions, strict=True) if how.codec is None)
+    beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
     found = {}
     if target and shared:
         choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
-    return [None if how.codec is None else found.get(how.path, Choice(how.codec, how.order)) for how in decisions]
+    return [how.codec and found.get(how.tied_to or how.path, Choice(how.codec, how.order)) for how in decisions]
 
 
 def leaf_nbytes(leaf: Any) -> int:
@@ -211,20 +220,19 @@ def leaf_nbytes(leaf: Any) -> int:
 
 
 def one_policy(codec: Codec | None, policy: Policy | None, target: Target | None = None) -> Policy:
-    """The policy that the arguments `codec`, `policy` and the target stand for."""
+    """The policy that the arguments `codec`, `policy` and the target stand for, with a codec."""
     if codec is not None and policy is not None:
         raise BTCPolicyError("both codec and policy are given; put the codec into the policy: Policy(codec, ...)")
-    if policy is not None:
-        return policy
-    return Policy(codec or (Multilevel() if target else Uniform()))
+    policy = policy or Policy(codec)
+    return policy if policy.codec else dataclasses.replace(policy, codec=implied_codec(target is not None))
 
 
-def _spec(path: str, leaf: Any) -> LeafSpec:
+def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     if is_packed(leaf):
-        return LeafSpec(path, leaf.shape, leaf.dtype, "already quantized")
+        return LeafSpec(path, leaf.shape, leaf.dtype, "already quantized", training)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return LeafSpec(path, leaf.shape, leaf.dtype)
-    return LeafSpec(path, (), None)
+        return LeafSpec(path, leaf.shape, leaf.dtype, "", training)
+    return LeafSpec(path, (), None, "", training)
 
 
 def _item(leaf: Any, how: Decision) -> Item:
@@ -232,39 +240,13 @@ def _item(leaf: Any, how: Decision) -> Item:
     return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
 
 
-def _quantize(leaf: Any, how: Decision, choice: Choice | None) -> Any:
+def _quantize(how: Decision, leaf: Any, choice: Choice | None) -> Any:
     return leaf if choice is None else quantize_leaf(leaf, choice.codec, choice.order, how.path, choice.slope)
 
 
-def _reconstruct(leaf: Any, choice: Choice | None) -> Any:
+def _reconstruct(how: Decision, leaf: Any, choice: Choice | None) -> Any:
     return leaf if choice is None else coding.reconstruct(leaf, choice.codec, choice.order, choice.slope)
 
 
 def _rule(how: Decision, choice: Choice) -> Rule:
     return Rule(f"re:{re.escape(how.path)}", choice.codec.fixed(choice.slope, choice.rms), choice.order, how.weight)
-
-
-def refuse_without_values(leaves: list[Any], decisions: list[Decision]) -> None:
-    for leaf, decision in zip(leaves, decisions, strict=True):
-        if isinstance(leaf, Tracer):
-            raise TypeError(
-                f"{decision.path} is traced by jax.jit, grad or vmap. btc_quantize reads the widths of the blocks "
-                "on the host: call it outside, or use btc_reconstruct inside"
-            )
-        if decision.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees")
-
-
-def refuse_nothing_to_do(leaves: list[Any], decisions: list[Decision]) -> None:
-    if not leaves:
-        raise ValueError(
-            "the tree is empty; pass the model's parameters, such as variables['params'] or nnx.state(model)"
-        )
-    if any(decision.codec is not None for decision in decisions) or any(map(is_packed, leaves)):
-        return
-    reasons = Counter(decision.reason for decision in decisions)
-    listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-    raise BTCPolicyError(
-        f"no leaf is taken: all {len(leaves)} stay dense ({listed}; {decisions[0].path!r} for one). "
-        "Name the leaves in a policy, for example Policy(names=('*',), min_size=0); btc_plan shows each reason"
-    )

@@ -181,9 +181,10 @@ def test_without_a_policy_the_default_decides():
 
 
 def test_leaf_without_weights():
-    decoded, metrics = apply(np.zeros((0, 4), np.float32), uniform8())
-    assert decoded.shape == (0, 4)
-    assert metrics.bytes_after == metrics.total.weights == 0
+    tree = {"empty": np.zeros((0, 4), np.float32), "kernel": np.zeros((64, 64), np.float32)}
+    decoded, metrics = apply_baseline(tree, uniform8())
+    assert decoded["empty"].shape == (0, 4)
+    assert [(leaf.reason, leaf.bytes_after) for leaf in metrics.leaves] == [("empty", 0), ("default", 4104)]
 
 
 def test_a_baseline_of_ones_own():
@@ -228,5 +229,5 @@ def test_leaf_without_values_is_refused_by_path():
 
 
 def test_a_policy_that_takes_nothing_is_refused_as_by_btc_quantize():
-    with pytest.raises(ValueError, match="no leaf is taken"):
+    with pytest.raises(ValueError, match="no leaf is packed"):
         apply_baseline({"bias": np.zeros(5, np.float32)}, uniform8())

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import signal
@@ -94,6 +95,38 @@ class TestPlan:
         codecs = {leaf["path"]: leaf["codec"] and leaf["codec"]["block_size"] for leaf in plan["leaves"]}
         assert codecs == {"conv.weight": 32, "conv.bias": 32, "head.weight": None, "steps": None}
         assert plan["bytes_min"] == plan["bytes_max"] < plan["bytes_before"] == sum(x.nbytes for x in LEAVES.values())
+
+    def test_a_target_of_bits_is_one_figure(self, source):
+        code, out, _ = btc("plan", source, "--bits", 4.5, "--min-size", 1000)
+        plan = as_json("plan", source, "--bits", 4.5, "--min-size", 1000)
+        assert (code, plan["target"]["kind"], plan["target"]["value"]) == (0, "bits", 4.5)
+        packed = sum(math.prod(leaf["shape"]) for leaf in plan["leaves"] if leaf["codec"])
+        dense = sum(leaf["bytes_before"] for leaf in plan["leaves"] if not leaf["codec"])
+        assert plan["bytes_max"] == dense + math.floor(4.5 * packed / 8)
+        text = " ".join(out.split())
+        assert f"bits of 4.5: at most {plan['bytes_max']:,} bytes" in text
+        assert f"{plan['bytes_min']:,} to" not in text
+
+    def test_a_target_out_of_reach(self, source):
+        assert "--bits of 0.01 cannot be reached" in refused("plan", source, "--bits", 0.01)
+
+    def test_a_rule_packs_what_the_default_leaves_dense(self, source):
+        plan = as_json("plan", source, "--rule", "conv.bias=packed", "--bits", 6)
+        codecs = {leaf["path"]: leaf["codec"] and leaf["codec"]["id"] for leaf in plan["leaves"]}
+        assert codecs["conv.bias"] == codecs["head.weight"] == "multilevel"
+
+    def test_what_to_do_where_nothing_is_packed(self, tmp_path):
+        save_file({"ema.fc.weight": np.ones((64, 64), np.float32)}, tmp_path / "x.safetensors")
+        text = refused("quantize", tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+        assert "add --rule 'ema*weight=packed'" in text
+        assert (
+            btc("quantize", tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--rule", "ema*weight=packed")[0]
+            == 0
+        )
+        save_file({"fc.weight": np.ones((8, 8), np.float32)}, tmp_path / "small.safetensors")
+        text = refused("quantize", tmp_path / "small.safetensors", tmp_path / "z.safetensors")
+        assert "--min-size 0" in text
+        assert "Policy" not in text
 
     def test_a_rule_keeps_the_layout_of_pytorch(self, source):
         orders = {leaf["path"]: leaf["order"] for leaf in as_json("plan", source, "--rule", "conv.weight=16")["leaves"]}
@@ -353,7 +386,7 @@ def wrong_options():
     yield "--rule '*/kernel' is not PATTERN=dense", ("--rule", "*/kernel")
     yield "--rule '=dense' is not", ("--rule", "=dense")
     yield "--rule 'x=99999999' is not", ("--rule", "x=99999999")
-    yield "no regular expression", ("--rule", "re:(=dense")
+    yield "not a regular expression", ("--rule", "re:(=dense")
     yield "--rule 'steps=dense' before it", ("--rule", "steps=64")
     yield "at least 2", ("--rule", "*=1")
     yield "btc plan --help", ("--block-size", "x")

@@ -15,6 +15,9 @@ ROOMS = [
         "seal",
         "codecs",
         "blocks",
+        "_leaf_kinds",
+        "_training_state",
+        "_rules",
         "policy",
         "planes",
         "intact",
@@ -22,6 +25,8 @@ ROOMS = [
         "allocate",
         "tensor",
         "partition",
+        "_refuse",
+        "_ties",
         "tree",
     ),
     *(

@@ -165,9 +165,11 @@ def test_zero_leaf_counts_in_the_totals():
 
 
 def test_leaf_without_weights():
-    metrics, _ = measured({"w": np.zeros((0, 4), np.float32)}, all_leaves(Uniform(32)))
-    assert metrics.total.weights == metrics.bytes_after == 0
-    assert metrics.total.effective_bits == metrics.total.rmse == 0
+    tree = {"w": np.zeros((0, 4), np.float32), "zeros": np.zeros((8, 4), np.float32)}
+    metrics, _ = measured(tree, all_leaves(Uniform(32), Rule("w", Uniform(32))))
+    empty = metrics.leaves[0]
+    assert (empty.reason, empty.bytes_after, empty.measures) == ("empty", 0, None)
+    assert (metrics.total.weights, metrics.total.rmse) == (32, 0)
 
 
 def test_json_holds_every_leaf_and_the_totals():
@@ -231,6 +233,23 @@ def test_trees_that_differ_are_refused_by_name(change, parts):
         btc_metrics(tree, other)
     assert all(part in str(caught.value) for part in parts)
     assert " 0 other" not in str(caught.value)
+
+
+def test_trees_that_changed_places_are_refused():
+    tree = {"kernel": weights((64, 64)), "bias": np.zeros(7, np.float32)}
+    packed = btc_quantize(tree)
+    for first, second in ((packed, tree), (packed, packed), (tree, tree), (packed, btc_dequantize(packed))):
+        with pytest.raises(ValueError, match=r"btc_metrics\(params, quantized\)"):
+            btc_metrics(first, second)
+    with pytest.raises(ValueError, match="kernel is packed in the first tree"):
+        btc_metrics(packed, tree)
+
+
+def test_a_tree_that_was_partly_packed_before_is_measured_for_the_rest():
+    tree = {"a": {"kernel": weights((64, 64))}, "z": {"kernel": weights((64, 65), 1)}}
+    partly = btc_quantize(tree, policy=Policy(rules=(Rule("z/*", None),)))
+    metrics = btc_metrics(partly, btc_quantize(partly))
+    assert [leaf.path for leaf in metrics.leaves if leaf.measures] == ["z/kernel"]
 
 
 def test_policy_that_does_not_fit_says_which_one_is_needed():
@@ -300,7 +319,7 @@ def assert_row_of_the_table(total, payload, effective, rmse, share):
 def test_real_weights_in_both_layouts(depth, block_size, payload, effective, rmse, share):
     tree = joined(network(depth))
     torch, _ = measured(tree, all_leaves(Uniform(block_size), order="stored"))
-    flax, _ = measured(flax_layout(tree), all_leaves(Uniform(block_size)))
+    flax, _ = measured(flax_layout(tree), all_leaves(Uniform(block_size), order="output-major"))
     assert_row_of_the_table(torch.total, payload, effective, rmse, share)
     assert (flax.total.payload_bits, flax.total.wide_share) == (torch.total.payload_bits, torch.total.wide_share)
     assert flax.total.rmse == pytest.approx(torch.total.rmse, rel=1e-5)
@@ -309,7 +328,7 @@ def test_real_weights_in_both_layouts(depth, block_size, payload, effective, rms
 @pytest.mark.usefixtures("hasty_compiler")
 def test_real_weights_leaf_by_leaf():
     tree = flax_layout(network(20)) | {"bn1.weight": np.ones(16, np.float32)}
-    metrics, decoded = measured(tree, all_leaves(Uniform(64)))
+    metrics, decoded = measured(tree, all_leaves(Uniform(64), order="output-major"))
     assert_row_of_the_table(metrics.total, *TABLE[1][2:])
     taken = [leaf.path for leaf in metrics.leaves if leaf.measures]
     assert taken == sorted(network(20))

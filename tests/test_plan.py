@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize, codec_from_json
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize, codec_from_json
 from tests import oracle
 
 
@@ -132,7 +132,7 @@ def test_packed_leaves_keep_their_bytes_codec_and_order():
 def test_leaf_without_weights_takes_no_bytes():
     policy = all_leaves(Uniform())
     (row,) = btc_plan({"w": np.zeros((0, 4), np.float32)}, policy=policy, measure=True).rows
-    assert (row.reason, row.bytes_before, row.bytes_min, row.bytes_max) == ("default", 0, 0, 0)
+    assert (row.reason, row.bytes_before, row.bytes_min, row.bytes_max) == ("empty", 0, 0, 0)
 
 
 def test_measuring_shapes_without_values_is_refused():
@@ -164,3 +164,88 @@ def test_json_holds_all_that_the_plan_holds():
         "stored",
         "rule 1",
     )
+
+
+# What a target implies, without reading the values.
+
+
+MODEL = {
+    "embed": {"embedding": jax.ShapeDtypeStruct((512, 64), jnp.float32)},
+    "layers": [
+        {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16), "bias": jax.ShapeDtypeStruct((64,), jnp.float32)}
+    ],
+}
+WEIGHTS, DENSE = 512 * 64 + 64 * 64, 256
+
+
+def normal(tree, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), tree)
+
+
+@pytest.mark.parametrize("bits", [2, 4.5, 6.01])
+def test_bits_bound_the_total(bits):
+    plan = btc_plan(MODEL, bits=bits)
+    assert plan.bytes_max == DENSE + math.floor(bits * WEIGHTS / 8)
+    assert plan.bytes_before == 512 * 64 * 4 + 64 * 64 * 2 + DENSE
+    exact = btc_plan(normal(MODEL), bits=bits, measure=True)
+    assert 0.99 * plan.bytes_max < exact.bytes_max <= plan.bytes_max
+    assert (exact.target, exact.note) == (plan.target, "")
+
+
+def test_size_bounds_the_total():
+    plan = btc_plan(MODEL, size="25KB")
+    assert plan.bytes_max == 25_000
+    assert btc_plan(normal(MODEL), size="25KB", measure=True).bytes_max <= 25_000
+    assert btc_plan(MODEL, size="1GB").bytes_max == sum(row.bytes_max for row in plan.rows)
+
+
+def test_without_a_target_an_adaptive_codec_has_its_usual_one():
+    plan = btc_plan(MODEL, Multilevel())
+    assert plan.bytes_max == DENSE + math.floor(4.5 * WEIGHTS / 8)
+    assert btc_plan(normal(MODEL), Multilevel(), measure=True).bytes_max <= plan.bytes_max
+
+
+def test_usual_bits_are_for_the_leaves_of_adaptive_codecs_only():
+    rules = (Rule("embed/*", Uniform(64)),)
+    plan = btc_plan(MODEL, policy=Policy(Multilevel(), rules))
+    (embedding,) = [row for row in plan.rows if row.path == "embed/embedding"]
+    assert plan.bytes_max == embedding.bytes_max + DENSE + math.floor(4.5 * 64 * 64 / 8)
+
+
+@pytest.mark.parametrize("target", [{"rmse": 0.002}, {"sqnr_db": 30}])
+def test_targets_of_error_leave_the_range(target):
+    plan = btc_plan(MODEL, **target)
+    assert (plan.limit, plan.note) == (None, "")
+    assert plan.bytes_max == sum(row.bytes_max for row in plan.rows)
+    assert plan.bytes_min <= btc_plan(normal(MODEL), measure=True, **target).bytes_max <= plan.bytes_max
+
+
+def test_the_note_and_json_name_the_target():
+    plan = btc_plan(MODEL, bits=4.5)
+    for part in ("bits of 4.5", f"{plan.bytes_max:,} bytes", f"{plan.bytes_before / plan.bytes_max:.2f} times"):
+        assert part in plan.note
+    assert json.loads(json.dumps(plan.to_json()))["target"] == {"kind": "bits", "value": 4.5, "named": True}
+    assert plan.to_json()["bytes_max"] == plan.bytes_max
+    assert "25,000" in btc_plan(MODEL, size=25_000).note
+    assert btc_plan(MODEL).to_json()["target"] is None
+
+
+@pytest.mark.parametrize("target", [{"bits": 0.1}, {"bits": 20}, {"size": 400}])
+def test_a_target_out_of_reach_is_refused_as_by_btc_quantize(target):
+    with pytest.raises(ValueError, match="cannot be reached") as planned:
+        btc_plan(MODEL, **target)
+    with pytest.raises(ValueError, match="cannot be reached") as quantized:
+        btc_quantize(normal(MODEL), **target)
+    if "bits" in target:
+        assert str(planned.value) == str(quantized.value)
+
+
+def test_a_target_that_no_codec_adapts_to_is_refused_as_by_btc_quantize():
+    for function, tree in ((btc_plan, MODEL), (btc_quantize, normal(MODEL))):
+        with pytest.raises(ValueError, match=r"bits=5 .*no leaf has a codec that adapts.*Multilevel\(\)"):
+            function(tree, Uniform(), bits=5)
+
+
+def test_a_target_for_a_tree_without_matrices():
+    assert btc_plan({"bias": jax.ShapeDtypeStruct((64,), jnp.float32)}, bits=4.5).bytes_max == 256

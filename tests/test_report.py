@@ -33,7 +33,7 @@ def tree():
     rng = np.random.default_rng(0)
     kernel = (0.1 * rng.standard_normal((64, 64))).astype(np.float32)
     encoder = {"encoder": {"layers_11": {"self_attention": {"query": {"kernel": kernel}}}}}
-    return encoder | {"head": {"kernel": kernel}, "bias": np.zeros(7, np.float32), "steps": np.arange(3)}
+    return encoder | {"head": {"kernel": -kernel}, "bias": np.zeros(7, np.float32), "steps": np.arange(3)}
 
 
 @functools.cache

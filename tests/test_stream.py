@@ -181,7 +181,7 @@ def test_not_finite_weights_name_the_leaf_and_write_nothing(tmp_path):
 
 def test_nothing_to_quantize(tmp_path):
     save_file({"a.weight": np.ones((3, 3), np.float32)}, tmp_path / "small.safetensors")
-    with pytest.raises(BTCPolicyError, match="no leaf is taken"):
+    with pytest.raises(BTCPolicyError, match="no leaf is packed"):
         compress_file(tmp_path / "small.safetensors", tmp_path / "q.safetensors")
 
 

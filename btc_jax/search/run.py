@@ -91,7 +91,7 @@ def btc_search(
         raise ValueError(f"max_kl is {max_kl}, and there is no divergence function to measure it; give divergence")
     ends = None if bits is None else _ends(bits, tolerance)
     policy = one_policy(codec, policy, ends and Target("bits", ends[1]))
-    if not ends and policy.codec.adaptive:
+    if not ends and policy.codec and policy.codec.adaptive:
         raise ValueError(f"{policy.codec!r} takes the bits it is given, whatever its blocks; search bits=(3, 6), say")
     policies = [] if ends else _policies(policy, block_sizes)
     if ends:

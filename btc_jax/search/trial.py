@@ -106,6 +106,7 @@ class Judge:
 
     def try_(self, policy: Policy, bits: float | None = None) -> Tried:
         start = time.perf_counter()
+        assert policy.codec, "one_policy comes first"
         tree = btc_quantize(self.params, policy=policy, bits=bits)
         metrics = btc_metrics(self.params, tree, policy=policy)
         accuracy, trouble = accuracy_of(self.evaluate, tree)

@@ -6,6 +6,5 @@ Only of a Flax msgpack file all is in memory: it has no index.
 from btc_jax.stream.compress import Compressed as Compressed
 from btc_jax.stream.compress import OnLeaf as OnLeaf
 from btc_jax.stream.compress import compress_file as compress_file
-from btc_jax.stream.plan import file_policy as file_policy
 from btc_jax.stream.plan import plan_file as plan_file
 from btc_jax.stream.restore import restore_file as restore_file

@@ -21,9 +21,9 @@ from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storag
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import open_source
 from btc_jax.stream.parts import Parts
-from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested, policy_of
+from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested
 from btc_jax.tensor import quantize_leaf
-from btc_jax.tree import decide, leaf_nbytes, refuse_nothing_to_do
+from btc_jax.tree import decide, leaf_nbytes, one_policy, refuse_nothing_to_do
 
 OnLeaf = Callable[[str, int], None]
 
@@ -76,16 +76,14 @@ def compress_file(
         source: a safetensors file, a folder with a `*.safetensors.index.json`, a `.npz`, a Flax `.msgpack`, or an
             Orbax checkpoint folder; see `btc_jax.sources`.
         target: the file to write.
-        codec, policy: as for `btc_quantize`; by default `file_policy(codec)`, of `Multilevel` if a target is given.
-            In PyTorch's layout a policy without an order means `"stored"`.
-        bits, rmse, sqnr_db: as for `btc_quantize`.
+        codec, policy, bits, rmse, sqnr_db: as for `btc_quantize`.
         size: bytes of all that is written at most, with dense leaves and the headers of the files.
         max_shard_bytes: as for `save`.
         on_leaf: called after each leaf with its path and its bytes in the source.
 
     Raises:
         ValueError: the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached.
-        BTCPolicyError: a rule fits no leaf, or none is taken.
+        BTCPolicyError: a rule fits no leaf, or none is packed.
         OSError: the target could not be written.
     """
     start, target, goal = perf_counter(), real_path(target), target_of(bits, size, rmse, sqnr_db)
@@ -93,7 +91,7 @@ def compress_file(
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = nested(opened.leaves), policy_of(opened, codec, policy, goal)
+        tree, policy = nested(opened.leaves), one_policy(codec, policy, goal)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)

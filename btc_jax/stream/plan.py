@@ -1,7 +1,6 @@
 """What is to be done to the leaves of a source: its policy, its tree of shapes, and the choices for a target."""
 
 import ctypes
-import dataclasses
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,16 +22,6 @@ from btc_jax.stream.container import container_nbytes
 from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
 
 PathLike = str | os.PathLike[str]
-_NAMES = ("kernel", "embedding", "weight", "*.kernel", "*.embedding", "*.weight")
-
-
-def file_policy(codec: Codec | None = None, *, torch_layout: bool = False, target: Target | None = None) -> Policy:
-    """The default policy for files: leaves named `kernel`, `embedding` or `weight`, also after a dot.
-
-    Kernels in PyTorch's layout (out, in, kh, kw) run as they are stored, which is output-major there.
-    """
-    order = "stored" if torch_layout else None
-    return dataclasses.replace(one_policy(codec, None, target), names=_NAMES, order=order)
 
 
 def plan_file(
@@ -56,19 +45,12 @@ def plan_file(
     """
     target = target_of(bits, size, rmse, sqnr_db)
     with open_source(source) as opened:
-        tree, policy = nested(opened.leaves), policy_of(opened, codec, policy, target)
+        tree, policy = nested(opened.leaves), one_policy(codec, policy, target)
         leaves, decisions, _ = decide(tree, policy)
         if not measure:
-            return plan_of(leaves, decisions, [None] * len(leaves))
+            return plan_of(leaves, decisions, [None] * len(leaves), target)
         lazy = lazy_leaves(opened, leaves, decisions)
-        return plan_of(lazy, decisions, choices_of(lazy, decisions, policy, target, tree))
-
-
-def policy_of(source: Source, codec: Codec | None, policy: Policy | None, target: Target | None) -> Policy:
-    if policy is None:
-        return file_policy(codec, torch_layout=source.torch_layout, target=target)
-    policy = one_policy(codec, policy)
-    return dataclasses.replace(policy, order=policy.order or ("stored" if source.torch_layout else None))
+        return plan_of(lazy, decisions, choices_of(lazy, decisions, policy, target, tree), target)
 
 
 def nested(leaves: Sequence[SourceLeaf]) -> PyTree:

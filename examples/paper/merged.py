@@ -94,10 +94,10 @@ def layer_metrics(merged: Merged, packed: PyTree, codec: Uniform) -> TreeMetrics
 
 
 def _layer(path: str, leaf: Any, storage: Storage | None, error: Error) -> LeafRow:
-    size, name = leaf_nbytes(leaf), path.rsplit("/", 1)[-1]
+    size = leaf_nbytes(leaf)
     after = storage.nbytes if storage else size
     measures = Measures.of(storage, error) if storage else None
-    reason = "default" if storage else name
+    reason = "default" if storage else "not in names"
     return (
         LeafMetrics(path, tuple(leaf.shape), str(leaf.dtype), reason, size, after, measures),
         storage or Storage(),

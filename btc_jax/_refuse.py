@@ -1,0 +1,88 @@
+"""Trees that cannot be quantized, and what to do instead."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+
+from btc_jax._leaf_kinds import split_path
+from btc_jax._training_state import REASONS
+from btc_jax.policy import BTCPolicyError, Decision
+from btc_jax.tensor import is_packed
+
+_WEIGHTS = ("too small", "not in names", *REASONS)
+_UNALTERABLE = ("bool", "integer", "complex", "empty", "not an array", "already quantized")
+
+
+def refuse_without_values(leaves: Sequence[Any], decisions: Sequence[Decision]) -> None:
+    for leaf, decision in zip(leaves, decisions, strict=True):
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"{decision.path} is traced by jax.jit, grad or vmap. btc_quantize reads the widths of the blocks "
+                "on the host: call it outside, or use btc_reconstruct inside"
+            )
+        if decision.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees")
+
+
+def refuse_nothing_to_do(leaves: Sequence[Any], decisions: Sequence[Decision]) -> None:
+    if not leaves:
+        raise ValueError(
+            "the tree is empty; pass the model's parameters, such as variables['params'] or nnx.state(model)"
+        )
+    if any(decision.codec is not None for decision in decisions) or any(map(is_packed, leaves)):
+        return
+    reasons = Counter(decision.reason for decision in decisions)
+    listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+    largest = max(zip(leaves, decisions, strict=True), key=lambda pair: _promise(*pair))[1]
+    raise BTCPolicyError(
+        f"no leaf is packed: all {len(leaves)} stay dense ({listed}; {largest.path!r} for one). {_remedy(largest)}; "
+        "btc_plan shows each reason"
+    )
+
+
+def _promise(leaf: Any, how: Decision) -> tuple[int, int]:
+    """Puts the leaf first that somebody most likely wanted to be packed."""
+    rank = 0 if how.reason in _UNALTERABLE else 2 if how.reason in _WEIGHTS else 1
+    return rank, math.prod(getattr(leaf, "shape", ()))
+
+
+def _remedy(how: Decision) -> str:
+    if how.reason in _UNALTERABLE:
+        return "None of them holds floating weights: pass the parameters of a model"
+    if how.reason in REASONS:
+        first, last = how.path[: len(split_path(how.path)[0])], split_path(how.path)[-1]
+        return (
+            f"If these are the weights to pack, pass what is under {first!r} as a tree of its own, or add "
+            f"Rule({f'{first}*{last}'!r})"
+        )
+    if how.reason == "too small":
+        return "Policy(min_size=0) packs small leaves as well"
+    if how.reason == "not in names":
+        return "Policy(names=None) packs all weight matrices, whatever their names"
+    return f"Rule({how.path!r}) in a policy packs such a leaf all the same"
+
+
+def refuse_other_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    if odd := sorted(before.keys() ^ after.keys()):
+        raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in all)")
+
+
+def refuse_other_trees(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Figures of trees that have changed places would look like no error at all."""
+    packed = {path for path, leaf in after.items() if is_packed(leaf)}
+    originally = {path for path, leaf in before.items() if is_packed(leaf)}
+    if lost := sorted(originally - packed):
+        raise ValueError(
+            f"{lost[0]} is packed in the first tree and dense in the second; give the original tree first: "
+            "btc_metrics(params, quantized)"
+        )
+    if not packed - originally:
+        what = "both trees are packed" if packed else "no leaf of the second tree is packed"
+        raise ValueError(
+            f"{what}, so there is nothing to measure; give the tree before btc_quantize first, then its result: "
+            "btc_metrics(params, quantized)"
+        )

@@ -1,0 +1,115 @@
+"""A rule of a policy, and which of many rules is the first that matches a path."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from fnmatch import translate
+from numbers import Real
+from typing import Any, Literal
+
+from btc_jax._typing import Order
+from btc_jax.blocks import ORDERS
+from btc_jax.codecs import Codec
+
+
+class BTCPolicyError(ValueError):
+    """A policy does not fit the tree it is applied to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the leaves whose path matches a pattern.
+
+    Args:
+        pattern: a glob over the whole path, in which `*` also spans `/` (`"encoder/*/kernel"`); or, after `re:`, a
+            regular expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
+        codec: how matching leaves are coded; `None` leaves them dense. `"default"` is the codec of the policy, so a
+            rule that only sets an order or a weight, or packs what the default would leave dense, need not name one.
+        order: how their weights run through the blocks, just so; `None` leaves it to the policy.
+        weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
+
+    Raises:
+        BTCPolicyError: if the regular expression is malformed, or an argument is of the wrong kind.
+
+    Example:
+        >>> Rule("*/head/*", None), Rule("*/router/*", weight=10.0).codec
+        (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0), 'default')
+    """
+
+    pattern: str
+    codec: Codec | Literal["default"] | None = "default"
+    order: Order | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise BTCPolicyError(f"pattern is {self.pattern!r}; it must be a string, such as '*/kernel'")
+        if not (isinstance(self.codec, Codec | None) or self.codec == "default"):
+            raise BTCPolicyError(
+                f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec, 'default' or None"
+            )
+        check_order(self.order)
+        if not (is_number(self.weight) and 0 < self.weight < math.inf):
+            raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
+        try:
+            self.matches("")
+        except re.error as error:
+            raise BTCPolicyError(f"rule {self.pattern!r} is not a regular expression: {error}") from error
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is about a leaf.
+
+        Example:
+            >>> Rule("*/kernel").matches("encoder/layer_0/kernel"), Rule("kernel").matches("head/kernel")
+            (True, False)
+        """
+        return path == self._literal if self._literal is not None else self._regex(path) is not None
+
+    @functools.cached_property
+    def _literal(self) -> str | None:
+        """The only path that matches, where there is just one. Thousands of such rules are compared at once."""
+        if not self.pattern.startswith("re:"):
+            return None if re.search(r"[*?[]", self.pattern) else self.pattern
+        plain = re.sub(r"\\(\W)", r"\1", self.pattern[3:])
+        return plain if re.escape(plain) == self.pattern[3:] else None
+
+    @functools.cached_property
+    def _regex(self) -> Callable[[str], Any]:
+        pattern = self.pattern
+        return re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern)).fullmatch
+
+
+def first_matches(rules: Sequence[Rule], paths: Sequence[str]) -> list[int]:
+    """For each path the number of the first rule that matches it, from 1; 0 where none does.
+
+    Example:
+        >>> first_matches([Rule("a/*"), Rule("*/kernel")], ["a/kernel", "b/kernel", "b/bias"])
+        [1, 2, 0]
+    """
+    literal, others = {}, []
+    for number, rule in enumerate(rules, 1):
+        if rule._literal is None:
+            others.append((number, rule))
+        else:
+            literal.setdefault(rule._literal, number)
+    return [_first(path, literal.get(path, 0), others) for path in paths]
+
+
+def _first(path: str, exact: int, others: Sequence[tuple[int, Rule]]) -> int:
+    for number, rule in others:
+        if exact and number > exact:
+            break
+        if rule.matches(path):
+            return number
+    return exact
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_order(order: str | None) -> None:
+    if order is not None and order not in ORDERS:
+        raise BTCPolicyError(f"order is {order!r}; it can be None, {', '.join(map(repr, ORDERS))}")
