@@ -22,6 +22,9 @@ from btc_jax.baselines import percentile8 as percentile8
 from btc_jax.baselines import uniform8 as uniform8
 from btc_jax.checkpoint import BTCFormatError as BTCFormatError
 from btc_jax.checkpoint import BTCIntegrityError as BTCIntegrityError
+from btc_jax.checkpoint import BTCNotCompressedError as BTCNotCompressedError
+from btc_jax.checkpoint import BTCTreeWarning as BTCTreeWarning
+from btc_jax.checkpoint import BTCUnknownCodecError as BTCUnknownCodecError
 from btc_jax.checkpoint import Checkpoint as Checkpoint
 from btc_jax.checkpoint import LeafRecord as LeafRecord
 from btc_jax.checkpoint import Verification as Verification
@@ -34,6 +37,7 @@ from btc_jax.codecs import Coded as Coded
 from btc_jax.codecs import Multilevel as Multilevel
 from btc_jax.codecs import Uniform as Uniform
 from btc_jax.codecs import codec_from_json as codec_from_json
+from btc_jax.codecs import register_codec as register_codec
 from btc_jax.evaluate import Evaluation as Evaluation
 from btc_jax.evaluate import btc_evaluate as btc_evaluate
 from btc_jax.evaluate import btc_logits as btc_logits
