@@ -6,6 +6,7 @@ two steps with a read of a few integers in between, and cannot itself run under 
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,9 @@ def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike
     return tuple(planes), header
 
 
-def unpack(planes: Planes, header: Header, codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order) -> Array:
+def unpack(
+    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order
+) -> Array:
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
@@ -165,7 +168,9 @@ def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     return _compact(rows, widths, end, count)
 
 
-def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, shape: tuple[int, ...]) -> Planes:
+def _whole_planes(
+    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, blocks: int, shape: tuple[int, ...]
+) -> tuple[Any, ...]:
     """Planes with a row for every block, so that one program fits every mix of widths.
 
     Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in.
@@ -174,7 +179,7 @@ def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, sha
         TypeError: a plane has other rows than the widths of the blocks ask for.
     """
     if all(len(plane) == blocks for plane in planes) or staging() or not all(map(_on_cpu, (*planes, *header.values()))):
-        return planes
+        return tuple(planes)
     widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
     if trouble := wrong_rows(planes, codec, widths):
         raise TypeError(changed_arrays(shape, trouble))
@@ -184,7 +189,7 @@ def _whole_planes(planes: Planes, header: Header, codec: Codec, blocks: int, sha
     )
 
 
-def wrong_rows(planes: Planes, codec: Codec, widths: np.ndarray) -> str:
+def wrong_rows(planes: Sequence[Any], codec: Codec, widths: np.ndarray) -> str:
     """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
     rows = [len(plane) for plane in planes]
     wanted = [count for spec in plane_specs(codec.widths) if (count := int((widths >= spec.end).sum()))]

@@ -8,7 +8,7 @@ import numpy as np
 
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError
 from btc_jax.checkpoint.files import crc32c, read_at
-from btc_jax.checkpoint.header import START, parse_header, places_of
+from btc_jax.checkpoint.header import START, parse_header
 from btc_jax.checkpoint.manifest import Manifest, Tensor
 from btc_jax.checkpoint.text import MAX_TEXT
 
@@ -65,8 +65,7 @@ class File:
         if path.exists() and not path.is_file():
             raise BTCNotCompressedError(f"{path} is a folder or a device, not a file of a compressed checkpoint")
         self.path, self._handles = path, handles
-        self.manifest, self.text = self._read_manifest(handles.of(path))
-        self.places = places_of(self.manifest)
+        self.manifest, self.text, self.places = self._read_manifest(handles.of(path))
 
     def read(self, tensor: Tensor, checksums: bool) -> np.ndarray:
         """The tensor in the dtype that it is stored in."""
@@ -76,7 +75,7 @@ class File:
             raise BTCIntegrityError(f"{self.path}: tensor {tensor.name!r} does not match its checksum; it is damaged")
         return data.view(tensor.numpy_dtype).reshape(tensor.shape)
 
-    def _read_manifest(self, handle: int) -> tuple[Manifest, str]:
+    def _read_manifest(self, handle: int) -> tuple[Manifest, str, dict[str, int]]:
         size, what = os.fstat(handle).st_size, str(self.path)
         if size < 8:
             raise BTCFormatError(f"{what} has {size} bytes; it is not a checkpoint, or it is truncated")

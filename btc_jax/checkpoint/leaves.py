@@ -1,7 +1,6 @@
 """One leaf <-> its record and its arrays."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btc_jax.checkpoint.dtypes import dtype_of, is_storable
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.manifest import (
@@ -26,8 +26,6 @@ from btc_jax.tensor import BTCTensor, is_packed
 
 _PYTHON = {kind.__name__: kind for kind in (bool, int, float, str)}
 _MAX_TEXT = 2**16
-_DTYPE = re.compile(r"(bool|u?int|b?float|complex)[0-9a-z_]*")
-_OF_SOME_MACHINES = ("float96", "float128", "complex192", "complex256")
 
 
 def to_arrays(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
@@ -38,7 +36,7 @@ def to_arrays(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
         ValueError: nor can its path, its shape, or what it holds.
     """
     record, arrays = unsigned(path, leaf)
-    tensors = tuple(dataclasses.replace(tensor, crc32c=crc32c(*arrays)) for tensor in record.tensors)
+    tensors = tuple(tensor._replace(crc32c=crc32c(*arrays)) for tensor in record.tensors)
     return dataclasses.replace(record, tensors=tensors), arrays
 
 
@@ -46,9 +44,9 @@ def unsigned(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
     """The same without the checksum: it takes hardly any time, and refuses all that `to_arrays` refuses."""
     try:
         check_path(path)
-        check_shape(getattr(leaf, "shape", ()), path)
     except BTCFormatError as error:
-        raise ValueError(f"{error}; rename or reshape it") from error
+        raise ValueError(f"{error}; rename it") from error
+    check_shape(getattr(leaf, "shape", ()), path)
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         raise ValueError(f"{path or 'the tree'} was deleted or donated, so its values are gone")
     if is_packed(leaf):
@@ -103,23 +101,11 @@ def _dense(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
 
 def _is_array(leaf: Any) -> bool:
     arrays = isinstance(leaf, jax.Array | np.ndarray | np.generic) and not isinstance(leaf, np.ma.MaskedArray)
-    return arrays and _storable(leaf.dtype)
-
-
-def _storable(dtype: Any) -> bool:
-    return (dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.number)) and dtype.name not in _OF_SOME_MACHINES
-
-
-def _dtype(record: LeafRecord) -> np.dtype:
-    """The dtype of a record, if arrays of it are stored. Only plain names come to numpy, which knows much else."""
-    dtype = jnp.dtype(record.dtype) if _DTYPE.fullmatch(record.dtype) else None
-    if dtype is None or dtype.name != record.dtype or not _storable(dtype):
-        raise BTCFormatError(f"leaf {record.path!r} has the unknown dtype {record.dtype[:60]!r}")
-    return dtype
+    return arrays and is_storable(leaf.dtype)
 
 
 def _read_dense(record: LeafRecord, array: np.ndarray) -> np.ndarray:
-    dtype = _dtype(record)
+    dtype = dtype_of(record.dtype)
     if dtype.name == "bool" and array.size and array.view(np.uint8).max() > 1:
         raise BTCFormatError(f"leaf {record.path!r} has bytes that are neither true nor false")
     return array if array.dtype == dtype else array.view(dtype).reshape(record.shape)
@@ -150,7 +136,7 @@ def _read_packed(record: LeafRecord, array: np.ndarray) -> BTCTensor:
     codec = codec_from_json(written)
     if canonical(codec.to_json() | written) != canonical(codec.to_json()):
         raise BTCFormatError(f"leaf {record.path!r} has a codec that is not as written")
-    return from_bytes(array, codec, record.details["order"], record.shape, _dtype(record))
+    return from_bytes(array, codec, record.details["order"], record.shape, dtype_of(record.dtype))
 
 
 _LEAVES = {"packed": _read_packed, "dense": _read_dense, "key": _read_key, "python": _read_python}

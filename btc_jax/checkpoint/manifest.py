@@ -7,12 +7,13 @@ once in `formats`; a leaf is a short list that begins with its path and the numb
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
+from btc_jax.checkpoint.dtypes import CODES as CODES
+from btc_jax.checkpoint.dtypes import DTYPES, dtype_of
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.text import FORMAT as FORMAT
 from btc_jax.checkpoint.text import VERSION, canonical
@@ -20,14 +21,6 @@ from btc_jax.checkpoint.text import VERSION, canonical
 MAX_LEAVES = 2**17
 MAX_DIMENSIONS = 32
 
-CODES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"},
-    **{"float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL"},
-    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
-}
-"""safetensors' names of dtypes. Any other is stored as U8, with the bytes of an element as last axis."""
-
-DTYPES = {code: jnp.dtype(name) for name, code in CODES.items()}
 ERRORS = ("rmse", "relative_rmse", "largest_error")
 """The measured errors of a packed leaf, in the order of its record."""
 
@@ -39,8 +32,7 @@ _CHECKSUM = re.compile(r"[0-9a-f]{8}")
 _NO_CHECKSUM = "0" * 8
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a safetensors file."""
 
     name: str
@@ -122,7 +114,14 @@ class Manifest:
 
     def tensors(self) -> list[Tensor]:
         """All tensors in the order of the file: the widest first, so that each lies on a multiple of its size."""
-        return sorted((t for leaf in self.leaves for t in leaf.tensors), key=lambda t: -t.numpy_dtype.itemsize)
+        return sorted((t for leaf in self.leaves for t in leaf.tensors), key=lambda t: -DTYPES[t.code].itemsize)
+
+    def places(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each tensor, with where it begins and ends, in bytes after the header."""
+        end = 0
+        for tensor in self.tensors():
+            begin, end = end, end + tensor.nbytes
+            yield tensor, begin, end
 
 
 def parse_manifest(fields: dict[str, Any], what: str) -> Manifest:
@@ -161,8 +160,10 @@ def check_shape(shape: Any, path: str) -> tuple[int, ...]:
     Raises:
         BTCFormatError: it is not one.
     """
-    fits = isinstance(shape, list | tuple) and len(shape) <= MAX_DIMENSIONS
-    if not fits or not all(type(n) is int and n >= 0 for n in shape) or math.prod(n or 1 for n in shape) >= 2**48:
+    size = 1 if isinstance(shape, list | tuple) and len(shape) <= MAX_DIMENSIONS else 2**48
+    for n in shape if size == 1 else ():
+        size *= (n or 1) if type(n) is int and n >= 0 else 2**48
+    if size >= 2**48:
         raise BTCFormatError(f"leaf {path!r} has the impossible shape {str(shape)[:60]}")
     return tuple(shape)
 
@@ -171,7 +172,7 @@ def dense_tensor(path: str, shape: Sequence[int], dtype: str, crc: str = _NO_CHE
     """The tensor of a dense leaf."""
     if dtype in CODES:
         return Tensor(path, CODES[dtype], tuple(shape), crc)
-    return Tensor(path, "U8", (*shape, jnp.dtype(dtype).itemsize), crc)
+    return Tensor(path, "U8", (*shape, dtype_of(dtype).itemsize), crc)
 
 
 def packed_tensor(path: str, nbytes: int, crc: str = _NO_CHECKSUM) -> Tensor:
@@ -184,11 +185,11 @@ def key_tensor(path: str, shape: Sequence[int], words: Sequence[int], crc: str =
     return Tensor(path, "U32", (*shape, *words), crc)
 
 
-def error_of_list(values: Iterable[float | None]) -> dict[str, float | None]:
+def error_of_list(values: Sequence[float | None]) -> dict[str, float | None]:
     """The errors of a packed leaf by name, from those that its record has."""
-    error = dict(zip(ERRORS, values, strict=True))
-    relative = error["relative_rmse"]
-    return error | {"sqnr_db": -20 * math.log10(relative) if relative else None}
+    rmse, relative, largest = values
+    decibels = -20 * math.log10(relative) if relative else None
+    return {"rmse": rmse, "relative_rmse": relative, "sqnr_db": decibels, "largest_error": largest}
 
 
 def _checked_format(fields: Any) -> dict[str, Any]:
@@ -230,16 +231,20 @@ def _key(path: str, how: dict[str, Any], shape: Any, crc: Any) -> LeafRecord:
 
 
 def _packed(path: str, how: dict[str, Any], shape: Any, crc: Any, nbytes: Any, *error: Any) -> LeafRecord:
-    (nbytes,) = check_shape([nbytes], path)
-    more = {}
+    if type(nbytes) is not int or not 0 <= nbytes < 2**48:
+        raise BTCFormatError(f"leaf {path!r} has {str(nbytes)[:60]} bytes")
+    details = {"codec": how["codec"], "order": how["order"]}
     if error:
-        (values,) = error
-        if not all(value is None or (type(value) is float and value >= 0) for value in values):
-            raise BTCFormatError(f"leaf {path!r} has malformed errors, {str(values)[:60]}")
-        more = {"error": error_of_list(values)}
+        details["error"] = _error(*error, path)
     tensor = packed_tensor(path, nbytes, _checksum(crc, path))
-    details = {"codec": how["codec"], "order": how["order"]} | more
     return LeafRecord(path, "packed", check_shape(shape, path), how["dtype"], (tensor,), details)
+
+
+def _error(values: Any, path: str) -> dict[str, float | None]:
+    for value in values:
+        if value is not None and not (type(value) is float and value >= 0):
+            raise BTCFormatError(f"leaf {path!r} has malformed errors, {str(values)[:60]}")
+    return error_of_list(values)
 
 
 def _python(path: str, how: dict[str, Any], value: Any) -> LeafRecord:

@@ -19,6 +19,8 @@ MAX_FOLDERS = 2**18
 """Dicts that paths may imply: a short text can name many."""
 
 _MAPPINGS = {"dict": dict, "ordered": collections.OrderedDict, "frozen": FrozenDict, "state": nnx.State}
+_NODES = {"list": 0, "tuple": 0, **dict.fromkeys(_MAPPINGS, 1), "namedtuple": 2, "object": 2}
+"""Where the inner nodes stand among the fields of a node."""
 
 
 def rebuild(node: Any, paths: Sequence[str], leaves: Sequence[Any]) -> PyTree:
@@ -44,6 +46,7 @@ class _Rebuilding:
         self._folders = 0
 
     def tree(self, node: Any, depth: int) -> PyTree:
+        # One call a level: Python allows some hundreds of them in each other.
         if node is None:
             return None
         if type(node) is int:
@@ -51,7 +54,12 @@ class _Rebuilding:
         if not isinstance(node, list) or not node or depth > MAX_DEPTH:
             raise BTCFormatError(f"the tree of the manifest has a malformed node, {str(node)[:60]}")
         kind, *fields = node
-        return self._container(kind, fields, depth + 1)
+        if kind == "paths":
+            return self._by_paths(*fields)
+        items = []
+        for inner in _inner(kind, fields):
+            items.append(self.tree(inner, depth + 1))  # noqa: PERF401  # a comprehension would be one more
+        return self._container(kind, fields, items)
 
     def _leaf(self, number: int) -> Any:
         if number != self.taken or number >= len(self._leaves):
@@ -59,39 +67,24 @@ class _Rebuilding:
         self.taken += 1
         return self._leaves[number]
 
-    def _container(self, kind: Any, fields: list[Any], depth: int) -> PyTree:
-        if kind == "paths":
-            return self._by_paths(*fields)
+    def _container(self, kind: str, fields: list[Any], items: list[PyTree]) -> PyTree:
+        """The container of a node, of what its inner nodes became."""
         if kind in ("list", "tuple"):
-            (nodes,) = fields
-            items = self._all(nodes, depth)
             return tuple(items) if kind == "tuple" else items
         if kind in _MAPPINGS:
-            return _MAPPINGS[kind](self._pairs(*fields, depth))
+            return _MAPPINGS[kind](_pairs(fields[0], items))
         if kind == "variable":
-            name, inner, *metadata = fields
+            name, _, *metadata = fields
             (metadata,) = metadata or ({},)
-            return make_variable(name, self.tree(inner, depth), metadata)
+            return make_variable(name, items[0], metadata)
         if kind == "box":
-            name, inner, names = fields
-            return make_box(name, self.tree(inner, depth), names)
-        name, keys, nodes = fields
-        if kind not in ("object", "namedtuple") or not isinstance(name, str):
-            raise BTCFormatError(f"the tree of the manifest has a node of the unknown kind {str(kind)[:40]!a}")
-        pairs = self._pairs(keys, nodes, depth)
-        return pairs if kind == "object" else self._named_tuple(name, tuple(keys))(*pairs.values())
-
-    def _all(self, nodes: Any, depth: int) -> list[PyTree]:
-        if not isinstance(nodes, list):
-            raise BTCFormatError(f"the tree of the manifest has a malformed node, {str(nodes)[:60]}")
-        return [self.tree(node, depth) for node in nodes]
-
-    def _pairs(self, keys: Any, nodes: Any, depth: int) -> dict[Any, PyTree]:
-        """The items of a container with keys, none of which may occur twice."""
-        fits = isinstance(keys, list) and all(isinstance(key, str) or type(key) is int for key in keys)
-        if not fits or len(set(keys)) != len(keys):
-            raise BTCFormatError(f"the tree of the manifest has a node with keys that do not fit: {str(keys)[:60]}")
-        return dict(zip(keys, self._all(nodes, depth), strict=True))
+            name, _, names = fields
+            return make_box(name, items[0], names)
+        name, keys, _ = fields
+        if not isinstance(name, str):
+            raise BTCFormatError(f"the tree of the manifest has a class without a name, {str(name)[:40]}")
+        pairs = _pairs(keys, items)
+        return pairs if kind == "object" else self._named_tuple(name, tuple(keys))(*items)
 
     def _by_paths(self, count: Any, above: Any) -> dict[str, Any]:
         """Nested dicts of the next leaves, by what their paths have after the first `above` parts."""
@@ -129,3 +122,20 @@ class _Rebuilding:
                 )
             self._named[name, fields] = collections.namedtuple(name, fields)
         return self._named[name, fields]
+
+
+def _inner(kind: Any, fields: list[Any]) -> list[Any]:
+    """The nodes inside a node."""
+    if kind in ("variable", "box"):
+        return fields[1:2]
+    if kind not in _NODES or not isinstance(fields[_NODES[kind]], list) or len(fields) > _NODES[kind] + 1:
+        raise BTCFormatError(f"the tree of the manifest has a malformed node of the kind {str(kind)[:40]!a}")
+    return fields[_NODES[kind]]
+
+
+def _pairs(keys: Any, items: list[PyTree]) -> dict[Any, PyTree]:
+    """The items of a container with keys, none of which may occur twice."""
+    fits = isinstance(keys, list) and all(isinstance(key, str) or type(key) is int for key in keys)
+    if not fits or len(set(keys)) != len(keys):
+        raise BTCFormatError(f"the tree of the manifest has a node with keys that do not fit: {str(keys)[:60]}")
+    return dict(zip(keys, items, strict=True))

@@ -66,7 +66,10 @@ class _Describing:
         if children is None or is_packed(tree):
             self._passed += 1
             return self._passed - 1, [()]
-        return self._container(tree, children, depth)
+        first, start, described = self._passed, self._here(), []
+        for _, child in children:  # one call a level: Python allows some hundreds of them in each other
+            described.append(self.node(child, depth + 1))
+        return self._container(tree, [_key(keys[0]) for keys, _ in children], described, first, start)
 
     def warn(self) -> None:
         """One warning of all that comes back as something else."""
@@ -84,9 +87,8 @@ class _Describing:
             stacklevel=4,
         )
 
-    def _container(self, tree: PyTree, children: list[tuple[Any, PyTree]], depth: int) -> tuple[Any, Any]:
-        first, start = self._passed, self._here()
-        described = [self.node(child, depth + 1) for _, child in children]
+    def _container(self, tree: PyTree, keys: list[Any], described: list[Any], first: int, start: str) -> Any:
+        """The node of a container, and the keys of its leaves, from those of its children."""
         nodes = [node for node, _ in described]
         if type(tree) in (list, tuple):
             return [type(tree).__name__, nodes], None
@@ -96,7 +98,6 @@ class _Describing:
             names, lost = box_names(tree)
             self._lose(start, *(f"the {name} of a {type(tree).__name__} is not kept" for name in lost))
             return ["box", type(tree).__name__, nodes[0], names], None
-        keys = [_key(keys[0]) for keys, _ in children]
         kind = _MAPPINGS.get(type(tree)) or next((k for c, k in _MAPPINGS.items() if isinstance(tree, c)), None)
         if kind == "dict" and type(tree) is dict:
             return self._dict(keys, nodes, [relative for _, relative in described], first)
