@@ -23,6 +23,9 @@ from btc_jax.baselines import percentile8 as percentile8
 from btc_jax.baselines import uniform8 as uniform8
 from btc_jax.checkpoint import BTCFormatError as BTCFormatError
 from btc_jax.checkpoint import BTCIntegrityError as BTCIntegrityError
+from btc_jax.checkpoint import BTCNotCompressedError as BTCNotCompressedError
+from btc_jax.checkpoint import BTCTreeWarning as BTCTreeWarning
+from btc_jax.checkpoint import BTCUnknownCodecError as BTCUnknownCodecError
 from btc_jax.checkpoint import Checkpoint as Checkpoint
 from btc_jax.checkpoint import LeafRecord as LeafRecord
 from btc_jax.checkpoint import Verification as Verification

@@ -12,6 +12,7 @@ beside them with its checksums: Orbax itself does not notice flipped bits in sto
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ import numpy as np
 from btc_jax._typing import PyTree
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError
 from btc_jax.checkpoint.files import crc32c
-from btc_jax.checkpoint.leaves import from_arrays, to_arrays
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest, Tensor, open_signed, parse_json, parse_manifest, signed
-from btc_jax.checkpoint.read import Device, placed
-from btc_jax.checkpoint.structure import describe, rebuild
+from btc_jax.checkpoint.leaves import from_arrays
+from btc_jax.checkpoint.manifest import LeafRecord, Manifest, Tensor, parse_manifest
+from btc_jax.checkpoint.place import Device, Placing
+from btc_jax.checkpoint.rebuild import rebuild
+from btc_jax.checkpoint.structure import describe
+from btc_jax.checkpoint.text import FORMAT, open_metadata
+from btc_jax.checkpoint.ties import check_ties, home, records_of, shared, stored_leaves
 from btc_jax.tree import flatten
 
 try:
@@ -70,12 +74,14 @@ class BTCCheckpointHandler(ocp.AsyncCheckpointHandler):
         args = args or BTCRestore()
         manifest = _read_manifest(directory)
         arrays = self._read_arrays(directory, manifest.tensors())
-        on = args.device if callable(args.device) else lambda _: args.device
-        leaves = []
-        for record in manifest.leaves:
-            parts = [_checked(arrays.pop(t.name), t, args.checksums) for t in record.tensors]
-            leaves.append(placed(from_arrays(record, parts), args.dense, on(record.path)))  # pyright: ignore
-        return rebuild(manifest.tree, leaves)
+        records = {record.path: record for record in manifest.leaves}
+        placing = Placing(args.device, args.dense, shared(records))
+
+        def read(record: LeafRecord) -> Any:
+            return from_arrays(record, [_checked(arrays.pop(t.name), t, args.checksums) for t in record.tensors])
+
+        leaves = [placing.leaf(path, home(r), partial(read, records[home(r)])) for path, r in records.items()]
+        return rebuild(manifest.tree, list(records), leaves)
 
     def metadata(self, directory: Any) -> dict[str, LeafRecord]:
         """What is stored for each leaf, by path; `CheckpointManager.item_metadata` returns it."""
@@ -109,8 +115,11 @@ class BTCSave(ocp.args.CheckpointArgs):
         item: any pytree that `btc_jax.save` takes. Each process needs the values of all leaves.
 
     Raises:
-        TypeError: (when saved) a leaf or a key of the tree cannot be stored; the message names it.
-        ValueError: (when saved) two leaves have the same path, or tensors of the same name.
+        TypeError, ValueError: (when saved) if a leaf or a key of the tree cannot be stored, as for `btc_jax.save`; the
+            message names it.
+
+    Warns:
+        BTCTreeWarning: (when saved) if something will come back as something else, as for `btc_jax.save`.
     """
 
     item: PyTree
@@ -140,12 +149,21 @@ class BTCRestore(ocp.args.CheckpointArgs):
 def _stored(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays for Orbax by name, without the empty ones, which it does not take; and the signed manifest."""
     paths, leaves, _ = flatten(tree)
-    stored = [to_arrays(*pair) for pair in zip(paths, leaves, strict=True)]
-    manifest = Manifest(describe(tree), tuple(record for record, _ in stored))
-    arrays = {t.name: array for record, parts in stored for t, array in zip(record.tensors, parts, strict=True)}
-    if len(arrays) < len(manifest.tensors()):
-        raise ValueError("two leaves of the tree have tensors of the same name; rename a key that contains '#'")
-    return {name: array for name, array in arrays.items() if array.size}, signed(manifest.text())
+    node = describe(tree, paths)
+    rebuild(node, paths, paths)
+    records_of(paths, leaves)  # refuses what cannot be stored before anything is copied
+    stored = stored_leaves(paths, leaves)
+    text = Manifest(node, tuple(record for record, _ in stored)).text()
+    arrays = {record.path: _one_array(record, parts) for record, parts in stored if record.nbytes}
+    return arrays, {FORMAT: text, f"{FORMAT}_crc32c": crc32c(text.encode())}
+
+
+def _one_array(record: LeafRecord, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The one array that Orbax stores for a leaf: as a file would, if it has several parts."""
+    (tensor,) = record.tensors
+    if len(parts) > 1:
+        return np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+    return parts[0].reshape(-1).view(tensor.numpy_dtype).reshape(tensor.shape)
 
 
 def _read_manifest(directory: Any) -> Manifest:
@@ -154,11 +172,12 @@ def _read_manifest(directory: Any) -> Manifest:
         data = (directory / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise BTCFormatError(f"{what} has no {MANIFEST}; it was not saved with BTCSave, or is damaged") from error
-    manifest = parse_manifest(open_signed(parse_json(data, f"{what}/{MANIFEST}"), what), what)
-    names, paths = [t.name for t in manifest.tensors()], [leaf.path for leaf in manifest.leaves]
-    if len(set(names)) < len(names) or len(set(paths)) < len(paths):
+    manifest = parse_manifest(open_metadata(data, f"{what}/{MANIFEST}"), what)
+    paths = [leaf.path for leaf in manifest.leaves]
+    if len(set(paths)) < len(paths):
         raise BTCFormatError(f"{what}: two leaves have the same path")
-    rebuild(manifest.tree, paths)
+    rebuild(manifest.tree, paths, paths)
+    check_ties({record.path: record for record in manifest.leaves}, what)
     return manifest
 
 

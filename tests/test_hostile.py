@@ -27,6 +27,7 @@ LARGE = {
     name
     for name in LIES
     if name.startswith(("header_of_many", "header_of_100_mb", "index_too", "tuple", "many_leaves"))
+    or name.endswith(("_leaves", "_many_dicts", "_all_sizes"))
 }
 """Slow under the type checker that follows each call."""
 
@@ -149,9 +150,10 @@ def test_any_value_of_a_manifest_by_any_other(tmp_path, consistent):
             tried += 1
             if text(changed) != text(fields) and not refused_or_harmless(tmp_path / "m.safetensors", taken):
                 # What may differ without a contradiction: names, what the codec makes of the codes, and the tree.
-                assert path[0] == "tree" or path[-1] in ("threshold", "dtype", "order", "shape", 0, 2), (path, other)
+                names = ("threshold", "low_bits", "dtype", "order", 0, 2)
+                assert path[0] == "tree" or path[-1] in names, (path, other)
     assert tried > 500
-    assert len(taken) < 40, len(taken)
+    assert len(taken) < 60, len(taken)
 
 
 def test_any_value_of_an_index_by_any_other(tmp_path):

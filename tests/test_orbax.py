@@ -211,9 +211,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
             saved(tmp_path, {"a": {"b": jnp.ones(2)}, "a/b": jnp.zeros(2)})
 
-    def test_two_tensors_of_one_name(self, tmp_path):
-        with pytest.raises(ValueError, match="tensors of the same name"):
-            saved(tmp_path, btc_quantize({"kernel": kernel()}) | {"kernel#plane0": jnp.zeros(2)})
+    def test_a_stacked_leaf(self, tmp_path):
+        one = btc_quantize({"kernel": kernel()}, Uniform())
+        with pytest.raises(ValueError, match=r"^kernel cannot be saved: it is a stack of 2"):
+            saved(tmp_path, jax.tree.map(lambda array: jnp.stack([array, array]), one))
 
     def test_without_orbax(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)

@@ -1,23 +1,57 @@
-"""What can be wrong with a file."""
+"""What can be wrong with a file, and what saving warns of."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from btc_jax.codecs import UnknownCodecError
 
 
 class BTCFormatError(ValueError):
     """A file is not a compressed checkpoint that this version can read."""
 
 
+class BTCNotCompressedError(BTCFormatError):
+    """A file is something else than a compressed checkpoint.
+
+    Attributes:
+        problem: what it is.
+        remedy: what writes a compressed one.
+    """
+
+    def __init__(self, problem: str, remedy: str = "btc_jax.save and btc_jax.compress_file write one"):
+        super().__init__(f"{problem}; {remedy}")
+        self.problem, self.remedy = problem, remedy
+
+
 class BTCIntegrityError(BTCFormatError):
     """A file is a compressed checkpoint, and its content was damaged."""
 
 
+class BTCUnknownCodecError(BTCFormatError):
+    """A leaf is whole as far as its checksum tells, and its codec is not registered here.
+
+    Attributes:
+        codec: the id of the codec; see `btc_jax.register_codec`.
+    """
+
+    def __init__(self, message: str, codec: Any):
+        super().__init__(message)
+        self.codec = codec
+
+
+class BTCTreeWarning(UserWarning):
+    """Something in a tree that is saved comes back as something else, unless `load` is given a template (`like`)."""
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Whatever goes wrong while the claims of a file are looked at is a fault of the file."""
+    """Turns whatever goes wrong while the claims of a file are checked into a fault of the file."""
     try:
         yield
     except BTCFormatError:
         raise
+    except UnknownCodecError as error:
+        raise BTCUnknownCodecError(f"{what}: {error}", error.id) from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BTCFormatError(f"{what} is malformed ({type(error).__name__}: {str(error)[:200]})") from error

@@ -83,16 +83,18 @@ def read_at(handle: int, offset: int, nbytes: int, what: str) -> np.ndarray:
     return data
 
 
-def crc32c(data: np.ndarray | bytes) -> str:
-    """CRC-32C (Castagnoli) as eight hexadecimal digits.
+def crc32c(*parts: np.ndarray | bytes) -> str:
+    """CRC-32C (Castagnoli) of some bytes after others, as eight hexadecimal digits.
 
     Example:
-        >>> crc32c(b"123456789")
+        >>> crc32c(b"1234", b"56789")
         'e3069283'
     """
-    if isinstance(data, np.ndarray):
-        data = data.reshape(-1).view(np.uint8)
-    return f"{google_crc32c.value(data):08x}"  # pyright: ignore[reportArgumentType]  # takes arrays too, without a copy
+    crc = 0
+    for part in parts:
+        data = part.reshape(-1).view(np.uint8) if isinstance(part, np.ndarray) else part
+        crc = google_crc32c.extend(crc, data)  # pyright: ignore[reportArgumentType]  # takes arrays, without a copy
+    return f"{crc:08x}"
 
 
 def _locked(name: Path, path: Path) -> int:

@@ -1,43 +1,38 @@
-"""The text of a file: what is stored for each leaf, and the one header that says so. No file is touched here.
+"""The manifest of a file: what is stored for each leaf, and the containers they stand in. No file is touched here.
 
-Nothing in a header is believed. The manifest has a checksum, and from it the whole header is built anew and compared
-with the one in the file; so names, dtypes, shapes and places of all tensors are right, or the file is refused.
+A manifest is `{"version", "formats", "tree", "leaves"}`. What many leaves have in common, such as their codec, stands
+once in `formats`; a leaf is a short list that begins with its path and the number of its format.
 """
 
 import dataclasses
-import json
 import math
 import re
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, refusing
-from btc_jax.checkpoint.files import crc32c
+from btc_jax.checkpoint.dtypes import CODES as CODES
+from btc_jax.checkpoint.dtypes import DTYPES, dtype_of
+from btc_jax.checkpoint.errors import BTCFormatError, refusing
+from btc_jax.checkpoint.text import FORMAT as FORMAT
+from btc_jax.checkpoint.text import VERSION, canonical
 
-FORMAT = "btc_jax"
-VERSION = 1
-MAX_HEADER = 4 * 2**20
-"""Bytes of a header: some 4,000 packed leaves. Larger trees go into several files."""
-
+MAX_LEAVES = 2**17
 MAX_DIMENSIONS = 32
 
-CODES = {
-    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"},
-    **{"float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL"},
-    **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
-}
-"""safetensors' names of dtypes. Any other is stored as U8, with the bytes of an element as last axis."""
+ERRORS = ("rmse", "relative_rmse", "largest_error")
+"""The measured errors of a packed leaf, in the order of its record."""
 
-_DTYPES = {code: jnp.dtype(name) for name, code in CODES.items()}
+_FIELDS = {"packed": ("order", "codec"), "dense": (), "key": ("impl", "words"), "python": (), "tied": ()}
+"""What a format adds to kind and dtype."""
 
 _DTYPE = re.compile(r"[a-z]+[0-9a-z_]*|key<[0-9a-z_]+>")
-KINDS = ("packed", "dense", "key", "python")
+_CHECKSUM = re.compile(r"[0-9a-f]{8}")
+_NO_CHECKSUM = "0" * 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a safetensors file."""
 
     name: str
@@ -47,23 +42,26 @@ class Tensor:
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        return _DTYPES[self.code]
+        return DTYPES[self.code]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.numpy_dtype.itemsize
+        return math.prod(self.shape) * DTYPES[self.code].itemsize
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LeafRecord:
     """What is stored for one leaf.
 
     Attributes:
         path: the leaf's path.
-        kind: `packed`, `dense` (an array), `key` (typed PRNG keys) or `python` (a number or text of Python).
+        kind: `packed`, `dense` (an array), `key` (typed PRNG keys), `python` (a number or text of Python) or `tied`
+            (the same object as an earlier leaf, which is stored there).
         shape, dtype: of the leaf.
-        tensors: its tensors, in the order in which they are stored.
-        details: codec and order of a packed leaf, `impl` of keys, `value` of what is Python's.
+        tensors: the tensor that holds it; none for `python` and `tied`.
+        details: `codec`, `order` and, if it was measured, `error` of a packed leaf; `origin` of a dense one that holds
+            the bytes of another dtype; `impl` and `words` of keys; `value` of what is Python's; `of`, the path of the
+            leaf that a tied one is.
     """
 
     path: str
@@ -75,12 +73,25 @@ class LeafRecord:
 
     @property
     def nbytes(self) -> int:
+        """Bytes stored for the leaf."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    def to_json(self) -> dict[str, Any]:
-        tensors = [[t.name, t.code, t.shape, t.crc32c] for t in self.tensors]
-        fields = {"path": self.path, "kind": self.kind, "shape": self.shape, "dtype": self.dtype, "tensors": tensors}
-        return fields | self.details
+    @property
+    def format(self) -> dict[str, Any]:
+        """What many leaves have in common."""
+        return {"kind": self.kind, "dtype": self.dtype} | {name: self.details[name] for name in _FIELDS[self.kind]}
+
+    def to_json(self, number: int) -> list[Any]:
+        """The record as it stands in a manifest where its format has this number."""
+        if self.kind == "python":
+            return [self.path, number, self.details["value"]]
+        if self.kind == "tied":
+            return [self.path, number, self.shape, self.details["of"]]
+        fields = [self.path, number, self.shape, self.tensors[0].crc32c]
+        if self.kind == "packed":
+            error = self.details.get("error")
+            return [*fields, self.nbytes, *([[error[name] for name in ERRORS]] if error else [])]
+        return [*fields, *([self.details["origin"]] if "origin" in self.details else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,170 +102,178 @@ class Manifest:
     leaves: tuple[LeafRecord, ...]
 
     def text(self) -> str:
-        return canonical({"version": VERSION, "tree": self.tree, "leaves": [leaf.to_json() for leaf in self.leaves]})
+        texts: dict[Any, str] = {}  # by identity: most leaves share the values that make their format
+        numbers: dict[str, int] = {}
+        leaves = []
+        for leaf in self.leaves:
+            same = (leaf.kind, leaf.dtype, *(id(leaf.details[name]) for name in _FIELDS[leaf.kind]))
+            text = texts.get(same) or texts.setdefault(same, canonical(leaf.format))
+            leaves.append(leaf.to_json(numbers.setdefault(text, len(numbers))))
+        rest = canonical({"tree": self.tree, "leaves": leaves})
+        return f'{{"version":{VERSION},"formats":[{",".join(numbers)}],{rest[1:]}'
 
     def tensors(self) -> list[Tensor]:
         """All tensors in the order of the file: the widest first, so that each lies on a multiple of its size."""
-        return sorted((t for leaf in self.leaves for t in leaf.tensors), key=lambda t: -t.numpy_dtype.itemsize)
+        return sorted((t for leaf in self.leaves for t in leaf.tensors), key=lambda t: -DTYPES[t.code].itemsize)
 
-    def places(self) -> dict[str, int]:
-        """Where each tensor begins, in bytes after the header."""
-        places, end = {}, 0
+    def places(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each tensor, with where it begins and ends, in bytes after the header."""
+        end = 0
         for tensor in self.tensors():
-            places[tensor.name] = end
-            end += tensor.nbytes
-        return places
-
-    def header(self) -> bytes:
-        """The JSON header of the safetensors file, filled up with spaces to a multiple of 8 bytes.
-
-        Raises:
-            ValueError: two leaves have the same name, or there are too many for one file.
-        """
-        places, tensors = self.places(), self.tensors()
-        if len(places) < len(tensors) or "__metadata__" in places:
-            raise ValueError("two leaves of the tree have the same path, or one has the path __metadata__; rename it")
-        metadata = signed(self.text())
-        entries = {
-            t.name: {"dtype": t.code, "shape": t.shape, "data_offsets": [places[t.name], places[t.name] + t.nbytes]}
-            for t in tensors
-        }
-        header = canonical({"__metadata__": metadata} | entries).encode()
-        if len(header) > MAX_HEADER:
-            raise ValueError(
-                f"{len(self.leaves)} leaves need a header of {len(header):,} bytes, more than {MAX_HEADER:,}; "
-                "split the file with max_shard_bytes"
-            )
-        return header + b" " * (-len(header) % 8)
-
-
-def canonical(value: Any) -> str:
-    """The one way in which a value is written as JSON here."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def signed(text: str) -> dict[str, str]:
-    """A manifest with its checksum, as safetensors metadata."""
-    return {FORMAT: text, f"{FORMAT}_crc32c": crc32c(text.encode())}
-
-
-def parse_json(data: bytes, what: str) -> Any:
-    """JSON of which nothing is believed yet.
-
-    Raises:
-        BTCFormatError: it is no JSON, too deep, or has a key twice.
-    """
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as error:
-        raise BTCFormatError(f"{what} is no valid JSON: {str(error)[:200]}") from error
-
-
-def open_signed(metadata: Any, what: str) -> Any:
-    """The manifest in signed metadata.
-
-    Raises:
-        BTCFormatError: there is none, or of another version.
-        BTCIntegrityError: its checksum is wrong.
-    """
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(FORMAT), str):
-        raise BTCFormatError(f"{what} has no btc_jax manifest; it is no compressed checkpoint")
-    text = metadata[FORMAT]
-    try:
-        stored = crc32c(text.encode())
-    except UnicodeEncodeError as error:
-        raise BTCFormatError(f"{what}: the manifest is no valid text: {error.reason}") from error
-    if metadata.get(f"{FORMAT}_crc32c") != stored:
-        raise BTCIntegrityError(f"{what}: the manifest does not match its checksum; the file is damaged")
-    manifest = parse_json(text.encode(), f"{what}: the manifest")
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if type(version) is not int:
-        raise BTCFormatError(f"{what} has no format version; this btc_jax reads version {VERSION}")
-    if version != VERSION:
-        raise BTCFormatError(f"{what} has format version {str(version)[:20]}; this btc_jax reads version {VERSION}")
-    return manifest
-
-
-def parse_header(header: bytes, data_bytes: int, what: str) -> Manifest:
-    """The manifest of a file with this header and so many bytes after it, checked in full.
-
-    Raises:
-        BTCFormatError, BTCIntegrityError: the header does not say what the manifest implies, or is damaged.
-    """
-    entries = parse_json(header, f"{what}: the header")
-    fields = open_signed(entries.get("__metadata__") if isinstance(entries, dict) else None, what)
-    manifest = parse_manifest(fields, what)
-    with refusing(f"{what}: the manifest"):
-        if manifest.header() != header:
-            raise BTCIntegrityError(f"{what}: {_first_difference(manifest, entries)}; the file is damaged or forged")
-    expected = sum(tensor.nbytes for tensor in manifest.tensors())
-    if expected != data_bytes:
-        raise BTCFormatError(f"{what} holds {data_bytes} bytes of data; its manifest says {expected}; it is truncated")
-    return manifest
+            begin, end = end, end + tensor.nbytes
+            yield tensor, begin, end
 
 
 def parse_manifest(fields: dict[str, Any], what: str) -> Manifest:
-    try:
-        with refusing("the manifest"):
-            return Manifest(fields["tree"], tuple(_leaf(leaf) for leaf in fields["leaves"]))
-    except BTCFormatError as error:
-        raise BTCFormatError(f"{what}: {error}") from error
+    """The manifest of these fields, each of which is checked. It takes them apart, for the memory.
 
-
-def _leaf(fields: dict[str, Any]) -> LeafRecord:
-    details = dict(fields)
-    path, kind, shape, dtype, tensors = (details.pop(name) for name in ("path", "kind", "shape", "dtype", "tensors"))
-    check_path(path)
-    error = details.get("error", {})
-    if not isinstance(error, dict) or not all(value is None or type(value) is float for value in error.values()):
-        raise BTCFormatError(f"leaf {path!r} has malformed errors, {str(error)[:60]}")
-    if kind not in KINDS or not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise BTCFormatError(f"leaf {path!r} is of the unknown kind {str(kind)[:20]!r}")
-    return LeafRecord(path, kind, _shape(shape, path), dtype, tuple(_tensor(t, path) for t in tensors), details)
+    Raises:
+        BTCFormatError: they do not fit.
+    """
+    with refusing(f"{what}: the manifest"):
+        if list(fields) != ["version", "formats", "tree", "leaves"]:
+            raise BTCFormatError(f"{what}: the manifest has the fields {str(list(fields))[:100]}")
+        formats, written = [_checked_format(entry) for entry in fields["formats"]], fields["leaves"]
+        if not isinstance(written, list) or len(written) > MAX_LEAVES:
+            raise BTCFormatError(f"{what}: the manifest has more than {MAX_LEAVES:,} leaves, or not a list of them")
+        _check_numbers([entry[1] for entry in written], formats)
+        written.reverse()
+        return Manifest(fields["tree"], tuple(_leaf(written.pop(), formats) for _ in range(len(written))))
 
 
 def check_path(path: Any) -> None:
-    """Refuses paths that would be dangerous if somebody took them for files."""
-    text = isinstance(path, str) and not any("\ud800" <= c <= "\udfff" for c in path)
-    if not text or "\0" in path or path.startswith("/") or ".." in path.split("/"):
-        raise BTCFormatError(f"a leaf has the path {str(path)[:60]!r}; absolute paths, '..' and NUL are not allowed")
+    """Refuses paths that would be dangerous if somebody took them for files.
+
+    Raises:
+        BTCFormatError: it is one of those, or not text.
+    """
+    fits = isinstance(path, str) and "\0" not in path and not path.startswith("/") and path != "__metadata__"
+    if not fits or (".." in path and ".." in path.split("/")) or not (path.isascii() or _encodable(path)):
+        raise BTCFormatError(
+            f"a leaf has the path {str(path)[:60]!a}; absolute paths, '..', NUL and '__metadata__' are not allowed"
+        )
 
 
-def _tensor(fields: Any, path: str) -> Tensor:
-    name, code, shape, crc = fields
-    if not isinstance(name, str) or code not in _DTYPES or not isinstance(crc, str) or len(crc) != 8:
-        raise BTCFormatError(f"leaf {path!r} has a malformed tensor, {str((name, code, crc))[:80]}")
-    if name != path and not name.startswith(f"{path}#"):
-        raise BTCFormatError(f"leaf {path!r} has the tensor {name[:60]!r} of another leaf")
-    return Tensor(name, code, _shape(shape, path), crc)
+def check_shape(shape: Any, path: str) -> tuple[int, ...]:
+    """A shape that an array can have.
 
-
-def _shape(shape: Any, path: str) -> tuple[int, ...]:
-    fits = isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
-    if not fits or math.prod(max(n, 1) for n in shape) >= 2**48:
+    Raises:
+        BTCFormatError: it is not one.
+    """
+    size = 1 if isinstance(shape, list | tuple) and len(shape) <= MAX_DIMENSIONS else 2**48
+    for n in shape if size == 1 else ():
+        size *= (n or 1) if type(n) is int and n >= 0 else 2**48
+    if size >= 2**48:
         raise BTCFormatError(f"leaf {path!r} has the impossible shape {str(shape)[:60]}")
     return tuple(shape)
 
 
-def _first_difference(manifest: Manifest, entries: dict[str, Any]) -> str:
-    places = manifest.places()
-    for t in manifest.tensors():
-        place = [places[t.name], places[t.name] + t.nbytes]
-        expected = {"dtype": t.code, "shape": list(t.shape), "data_offsets": place}
-        if entries.get(t.name) != expected:
-            return f"tensor {t.name!r} is {str(entries.get(t.name))[:100]} in the header, {expected} in the manifest"
-    extra = sorted(entries.keys() - places.keys() - {"__metadata__"})
-    return f"the header has the tensor {extra[0]!r}, the manifest has not" if extra else "the header is not as written"
+def dense_tensor(path: str, shape: Sequence[int], dtype: str, crc: str = _NO_CHECKSUM) -> Tensor:
+    """The tensor of a dense leaf."""
+    if dtype in CODES:
+        return Tensor(path, CODES[dtype], tuple(shape), crc)
+    return Tensor(path, "U8", (*shape, dtype_of(dtype).itemsize), crc)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key[:60]!r} stands there twice")
-        result[key] = value
-    return result
+def packed_tensor(path: str, nbytes: int, crc: str = _NO_CHECKSUM) -> Tensor:
+    """The tensor of a packed leaf."""
+    return Tensor(path, "U8", (nbytes,), crc)
 
 
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def key_tensor(path: str, shape: Sequence[int], words: Sequence[int], crc: str = _NO_CHECKSUM) -> Tensor:
+    """The tensor of typed PRNG keys."""
+    return Tensor(path, "U32", (*shape, *words), crc)
+
+
+def error_of_list(values: Sequence[float | None]) -> dict[str, float | None]:
+    """The errors of a packed leaf by name, from those that its record has."""
+    rmse, relative, largest = values
+    decibels = -20 * math.log10(relative) if relative else None
+    return {"rmse": rmse, "relative_rmse": relative, "sqnr_db": decibels, "largest_error": largest}
+
+
+def _checked_format(fields: Any) -> dict[str, Any]:
+    kind, dtype = (fields.get("kind"), fields.get("dtype")) if isinstance(fields, dict) else (None, None)
+    if kind not in _FIELDS or list(fields) != ["kind", "dtype", *_FIELDS[kind]]:
+        raise BTCFormatError(f"a leaf is of the unknown kind {str(fields)[:60]}")
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise BTCFormatError(f"a leaf has the unknown dtype {str(dtype)[:60]!a}")
+    if kind == "key":
+        check_shape(fields["words"], "of a key")
+    return fields
+
+
+def _leaf(fields: Any, formats: list[dict[str, Any]]) -> LeafRecord:
+    path, number, *rest = fields
+    check_path(path)
+    if type(number) is not int or not 0 <= number < len(formats):
+        raise BTCFormatError(f"leaf {path!r} is of the unknown format {str(number)[:20]}")
+    return _KINDS[formats[number]["kind"]](path, formats[number], *rest)
+
+
+def _dense(path: str, how: dict[str, Any], shape: Any, crc: Any, *origin: Any) -> LeafRecord:
+    shape, more = check_shape(shape, path), {}
+    if origin:
+        (written,) = origin
+        dtype, stored = written
+        if not isinstance(dtype, str) or len(dtype) > 64:
+            raise BTCFormatError(f"leaf {path!r} has a malformed origin, {str(written)[:60]}")
+        more = {"origin": [dtype, list(check_shape(stored, path))]}
+    tensor = dense_tensor(path, shape, how["dtype"], _checksum(crc, path))
+    return LeafRecord(path, "dense", shape, how["dtype"], (tensor,), more)
+
+
+def _key(path: str, how: dict[str, Any], shape: Any, crc: Any) -> LeafRecord:
+    shape = check_shape(shape, path)
+    tensor = key_tensor(path, shape, how["words"], _checksum(crc, path))
+    check_shape(tensor.shape, path)
+    return LeafRecord(path, "key", shape, how["dtype"], (tensor,), {"impl": how["impl"], "words": how["words"]})
+
+
+def _packed(path: str, how: dict[str, Any], shape: Any, crc: Any, nbytes: Any, *error: Any) -> LeafRecord:
+    if type(nbytes) is not int or not 0 <= nbytes < 2**48:
+        raise BTCFormatError(f"leaf {path!r} has {str(nbytes)[:60]} bytes")
+    details = {"codec": how["codec"], "order": how["order"]}
+    if error:
+        details["error"] = _error(*error, path)
+    tensor = packed_tensor(path, nbytes, _checksum(crc, path))
+    return LeafRecord(path, "packed", check_shape(shape, path), how["dtype"], (tensor,), details)
+
+
+def _error(values: Any, path: str) -> dict[str, float | None]:
+    for value in values:
+        if value is not None and not (type(value) is float and value >= 0):
+            raise BTCFormatError(f"leaf {path!r} has malformed errors, {str(values)[:60]}")
+    return error_of_list(values)
+
+
+def _python(path: str, how: dict[str, Any], value: Any) -> LeafRecord:
+    return LeafRecord(path, "python", (), how["dtype"], (), {"value": value})
+
+
+def _tied(path: str, how: dict[str, Any], shape: Any, of: Any) -> LeafRecord:
+    check_path(of)
+    return LeafRecord(path, "tied", check_shape(shape, path), how["dtype"], (), {"of": of})
+
+
+_KINDS = {"packed": _packed, "dense": _dense, "key": _key, "python": _python, "tied": _tied}
+
+
+def _check_numbers(numbers: list[Any], formats: list[dict[str, Any]]) -> None:
+    """Refuses formats that are not listed once each, in the order of the leaves that have them."""
+    texts = {canonical(entry) for entry in formats}
+    if list(dict.fromkeys(numbers)) != list(range(len(formats))) or len(texts) < len(formats):
+        raise BTCFormatError("its formats are not those of its leaves, in their order")
+
+
+def _checksum(crc: Any, path: str) -> str:
+    if not isinstance(crc, str) or not _CHECKSUM.fullmatch(crc):
+        raise BTCFormatError(f"leaf {path!r} has a malformed checksum, {str(crc)[:60]!a}")
+    return crc
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False

@@ -1,84 +1,150 @@
 """The containers of a tree as JSON, and back, without running or importing anything that a file names.
 
-A node is the number of a leaf, `null` for `None`, or `[kind, name, keys, nodes]`. Kinds: `dict`, `list`, `tuple`,
-`namedtuple`, `state` and `variable` (NNX), and `object` for every other pytree node, which comes back as a dict.
+A node is the number of a leaf, `null` for `None`, or a list that begins with its kind:
+
+    ["paths", leaves, depth]            nested dicts of the next leaves, by the parts of their paths after the first
+    ["list" | "tuple", nodes]
+    ["dict" | "ordered" | "frozen" | "state", keys, nodes]
+    ["namedtuple" | "object", name, keys, nodes]
+    ["variable" | "box", name, node, metadata]
+
+What comes back as something else than it was is gathered, for a warning.
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import FrozenDict
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.errors import BTCFormatError, refusing
+from btc_jax.checkpoint.containers import box_names, is_box, variable_class, variable_metadata
+from btc_jax.checkpoint.errors import BTCTreeWarning
 from btc_jax.tensor import is_packed
 
 MAX_DEPTH = 200
-MAX_NAMED = 256
-"""Kinds of named tuples in a tree, and fields of each: making their classes takes time."""
 
-_KINDS = ("dict", "list", "tuple", "namedtuple", "state", "variable", "object")
-_VARIABLES: dict[str, type[nnx.Variable]] = {
-    name: kind for name, kind in vars(nnx).items() if isinstance(kind, type) and issubclass(kind, nnx.Variable)
-}
-"""The variables of NNX itself. A class of the user's comes back as a plain `Variable`: a file must not import it."""
+_MAPPINGS = {dict: "dict", collections.OrderedDict: "ordered", FrozenDict: "frozen", nnx.State: "state"}
 
 
-def describe(tree: PyTree) -> Any:
-    """The containers of a tree; leaves are numbered in the order of `jax.tree.leaves`.
+def describe(tree: PyTree, paths: Sequence[str]) -> Any:
+    """The containers of a tree with leaves of these paths, in the order of `jax.tree.leaves`.
+
+    Warns:
+        BTCTreeWarning: a container comes back as something else without a template.
 
     Raises:
         TypeError: a key is neither text nor a whole number, or the tree is too deep.
 
     Example:
-        >>> describe({"a": (1.0, None), "b": [2.0]})
-        ['dict', '', ['a', 'b'], [['tuple', '', [], [0, None]], ['list', '', [], [1]]]]
+        >>> describe({"a": (1.0, None), "b": {"c": 2.0}}, ["a/0", "b/c"])
+        ['dict', ['a', 'b'], [['tuple', [0, None]], ['paths', 1, 1]]]
     """
-    return _describe(tree, iter(range(2**62)), 0)
+    describing = _Describing(paths)
+    node, _ = describing.node(tree, 0)
+    describing.warn()
+    return node
 
 
-def rebuild(node: Any, leaves: list[Any]) -> PyTree:
-    """The tree that `describe` described, of these leaves.
+class _Describing:
+    """One tree that is being described: how many of its leaves were passed, and what a file cannot keep."""
 
-    Raises:
-        BTCFormatError: the node is malformed, or does not take each leaf once, in order.
-    """
-    numbers = iter(range(len(leaves)))
-    with refusing("the tree of the manifest"):
-        tree = _rebuild(node, leaves, numbers, {}, 0)
-    if next(numbers, None) is not None:
-        raise BTCFormatError("the tree of the manifest leaves out some of its leaves")
-    return tree
+    def __init__(self, paths: Sequence[str]):
+        self._paths, self._passed = paths, 0
+        self._lost: dict[str, list[str]] = {}
+
+    def node(self, tree: PyTree, depth: int) -> tuple[Any, list[tuple[str, ...]] | None]:
+        """The node of a subtree, and the keys of each of its leaves if it is nothing but nested dicts."""
+        if depth > MAX_DEPTH:
+            raise TypeError(f"the tree is more than {MAX_DEPTH} containers deep")
+        if tree is None:
+            return None, None
+        children = [] if is_packed(tree) else _children(tree)
+        if children is None or is_packed(tree):
+            self._passed += 1
+            return self._passed - 1, [()]
+        first, start, described = self._passed, self._here(), []
+        for _, child in children:  # one call a level: Python allows some hundreds of them in each other
+            described.append(self.node(child, depth + 1))
+        return self._container(tree, [_key(keys[0]) for keys, _ in children], described, first, start)
+
+    def warn(self) -> None:
+        """One warning of all that comes back as something else."""
+        if not self._lost:
+            return
+        listed = [
+            f"{paths[0] or 'the tree'}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {what}"
+            for what, paths in self._lost.items()
+        ]
+        more = f"; and {len(listed) - 5} other kinds" if len(listed) > 5 else ""
+        warnings.warn(
+            f"what is loaded from this checkpoint differs from what is saved, unless load(like=...) is given a "
+            f"template: {'; '.join(listed[:5])}{more}",
+            BTCTreeWarning,
+            stacklevel=4,
+        )
+
+    def _container(self, tree: PyTree, keys: list[Any], described: list[Any], first: int, start: str) -> Any:
+        """The node of a container, and the keys of its leaves, from those of its children."""
+        nodes = [node for node, _ in described]
+        if type(tree) in (list, tuple):
+            return [type(tree).__name__, nodes], None
+        if isinstance(tree, nnx.Variable):
+            return self._variable(tree, nodes[0], start), None
+        if is_box(tree):
+            names, lost = box_names(tree)
+            self._lose(start, *(f"the {name} of a {type(tree).__name__} is not kept" for name in lost))
+            return ["box", type(tree).__name__, nodes[0], names], None
+        kind = _MAPPINGS.get(type(tree)) or next((k for c, k in _MAPPINGS.items() if isinstance(tree, c)), None)
+        if kind == "dict" and type(tree) is dict:
+            return self._dict(keys, nodes, [relative for _, relative in described], first)
+        if kind and type(tree) in _MAPPINGS:
+            return [kind, keys, nodes], None
+        return self._other(tree, kind, keys, nodes, start), None
+
+    def _dict(self, keys: list[Any], nodes: list[Any], relatives: list[Any], first: int) -> tuple[Any, Any]:
+        """The node of a dict: implied by the paths of its leaves where that gives back just it."""
+        plain = nodes and all(relatives) and all(type(key) is str and "/" not in key for key in keys)
+        if plain:
+            inside = [(key, *rest) for key, relative in zip(keys, relatives, strict=True) for rest in relative]
+            parts = [path.split("/") for path in self._paths[first : self._passed]]
+            above = len(parts[0]) - len(inside[0])
+            if above >= 0 and all(tuple(part[above:]) == keys for part, keys in zip(parts, inside, strict=True)):
+                return ["paths", len(inside), above], inside
+        return ["dict", keys, nodes], None
+
+    def _variable(self, variable: nnx.Variable, node: Any, start: str) -> Any:
+        kind, (metadata, lost) = variable_class(variable), variable_metadata(variable)
+        if kind is not type(variable):
+            self._lose(start, f"a {type(variable).__name__} comes back as nnx.{kind.__name__}")
+        self._lose(start, *(f"the metadata {name!r} of a {kind.__name__} is not kept" for name in lost))
+        return ["variable", kind.__name__, node, *([metadata] if metadata else [])]
+
+    def _other(self, tree: PyTree, kind: str | None, keys: list[Any], nodes: list[Any], start: str) -> Any:
+        name = type(tree).__name__
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            self._lose(start, f"a {name} comes back as a named tuple of another class")
+            return ["namedtuple", name, keys, nodes]
+        back = {"frozen": "FrozenDict", "state": "nnx.State"}.get(kind or "", "dict")
+        self._lose(start, f"a {name} comes back as a {back}")
+        return ["object", name, keys, nodes] if kind is None else [kind if back != "dict" else "dict", keys, nodes]
+
+    def _lose(self, path: str, *what: str) -> None:
+        for one in what:
+            self._lost.setdefault(one, []).append(path)
+
+    def _here(self) -> str:
+        """The path of the leaf that comes next."""
+        return self._paths[self._passed] if self._passed < len(self._paths) else ""
 
 
-def _describe(tree: PyTree, numbers: Iterator[int], depth: int) -> Any:
-    if depth > MAX_DEPTH:
-        raise TypeError(f"the tree is more than {MAX_DEPTH} containers deep")
-    if tree is None:
-        return None
-    if is_packed(tree):
-        return next(numbers)
+def _children(tree: PyTree) -> list[tuple[Any, PyTree]] | None:
+    """The children of a container with their keys; `None` for a leaf."""
     children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda child: child is not tree)
-    if any(child is tree for _, child in children):
-        return next(numbers)
-    kind, name = _kind(tree)
-    keys = [] if kind in ("list", "tuple") else [_key(keys[0]) for keys, _ in children]
-    return [kind, name, keys, [_describe(child, numbers, depth + 1) for _, child in children]]
-
-
-def _kind(tree: PyTree) -> tuple[str, str]:
-    if isinstance(tree, nnx.State):
-        return "state", ""
-    if isinstance(tree, nnx.Variable):
-        return "variable", type(tree).__name__
-    if isinstance(tree, Mapping):
-        return "dict", ""
-    if type(tree) in (list, tuple):
-        return type(tree).__name__, ""
-    named = isinstance(tree, tuple) and hasattr(tree, "_fields")
-    return ("namedtuple" if named else "object"), type(tree).__name__
+    return None if any(child is tree for _, child in children) else children
 
 
 def _key(key: Any) -> str | int:
@@ -87,45 +153,3 @@ def _key(key: Any) -> str | int:
         if isinstance(value, str) or type(value) is int:
             return value
     raise TypeError(f"the key {key} of a container is neither text nor a whole number; such a tree cannot be stored")
-
-
-def _rebuild(node: Any, leaves: list[Any], numbers: Iterator[int], named: dict[Any, Any], depth: int) -> PyTree:
-    if node is None:
-        return None
-    if type(node) is int:
-        if node != next(numbers, None):
-            raise BTCFormatError(f"the tree of the manifest has leaf {node} out of its turn")
-        return leaves[node]
-    kind, name, keys, nodes = _checked(node, depth)
-    items = [_rebuild(item, leaves, numbers, named, depth + 1) for item in nodes]
-    if kind in ("list", "tuple"):
-        return tuple(items) if kind == "tuple" else items
-    if kind == "variable":
-        return _VARIABLES.get(name, nnx.Variable)(items[0])
-    if kind == "namedtuple":
-        return _named_tuple(name, tuple(keys), named)(*items)
-    pairs = dict(zip(keys, items, strict=True))
-    return nnx.State(pairs) if kind == "state" else pairs
-
-
-def _named_tuple(name: str, fields: tuple[Any, ...], named: dict[Any, Any]) -> Any:
-    """The class of named tuples with this name and these fields, made once."""
-    if (name, fields) not in named:
-        if len(named) == MAX_NAMED or len(fields) > MAX_NAMED:
-            raise BTCFormatError(f"the tree of the manifest has named tuples of more than {MAX_NAMED} kinds or fields")
-        named[name, fields] = collections.namedtuple(name, fields)
-    return named[name, fields]
-
-
-def _checked(node: Any, depth: int) -> tuple[str, str, list[Any], list[Any]]:
-    if not (isinstance(node, list) and len(node) == 4 and depth <= MAX_DEPTH):
-        raise BTCFormatError(f"the tree of the manifest has a malformed node, {str(node)[:60]}")
-    kind, name, keys, nodes = node
-    named = all(isinstance(key, str) or type(key) is int for key in keys) if isinstance(keys, list) else False
-    if kind not in _KINDS or not isinstance(name, str) or not named or not isinstance(nodes, list):
-        raise BTCFormatError(f"the tree of the manifest has a malformed node, {str(node)[:60]}")
-    if len(set(map(repr, keys))) != len(keys) or len(keys) != (0 if kind in ("list", "tuple") else len(nodes)):
-        raise BTCFormatError(f"the tree of the manifest has a node with keys that do not fit: {str(keys)[:60]}")
-    if kind == "variable" and len(nodes) != 1:
-        raise BTCFormatError("the tree of the manifest has a variable without one value")
-    return kind, name, keys, nodes

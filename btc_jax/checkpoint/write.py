@@ -4,35 +4,26 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from btc_jax._typing import PyTree
+from btc_jax.checkpoint.errors import BTCFormatError, BTCNotCompressedError
 from btc_jax.checkpoint.files import crc32c, flush_folder, only_writer, temporary_of, whole_file
-from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import (
-    FORMAT,
-    MAX_HEADER,
-    VERSION,
-    LeafRecord,
-    Manifest,
-    canonical,
-    parse_header,
-    parse_json,
-    signed,
-)
-from btc_jax.checkpoint.structure import describe, rebuild
+from btc_jax.checkpoint.header import header_of, parse_header
+from btc_jax.checkpoint.index import MAX_SHARDS, Limits, index_text, parse_index
+from btc_jax.checkpoint.index import SUFFIX as SUFFIX
+from btc_jax.checkpoint.index import index_of as index_of
+from btc_jax.checkpoint.manifest import LeafRecord, Manifest
+from btc_jax.checkpoint.rebuild import rebuild
+from btc_jax.checkpoint.structure import describe
+from btc_jax.checkpoint.text import MAX_TEXT
+from btc_jax.checkpoint.ties import StoredLeaf, records_of, stored_leaves
 from btc_jax.tree import flatten
 
-StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
-SUFFIX = ".safetensors"
-MAX_HEADERS = 4 * MAX_HEADER
-"""Bytes of the headers of all files of one checkpoint; a reader has them all in memory."""
-MAX_SHARDS = 500
-"""Files of one checkpoint; a reader has them all open."""
+_CHECKSUM = "0" * 8
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | None = None) -> int:
@@ -40,6 +31,8 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
 
     Either all of it is at `path` afterwards, flushed to disk, or what was there before is untouched. Same content, same
     bytes. The format is in docs/format.md.
+
+    An object that stands at several places of the tree is stored once, and is one object again when it is loaded.
 
     Args:
         path: the file; one that exists is replaced.
@@ -49,10 +42,16 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
             `.safetensors`.
 
     Raises:
-        TypeError: a leaf or a key of the tree cannot be stored; the message names it.
-        ValueError: two leaves have one path, or there are too many leaves for one file, or too many files.
-        OSError: it could not be written; a `BlockingIOError` if another process is writing it, a `FileExistsError` if
-            the index of another system stands beside it.
+        TypeError: if a leaf or a key of the tree cannot be stored, or the arrays of a packed leaf were changed; the
+            message names it. What `load` would refuse is refused here, before anything is written.
+        ValueError: if two leaves have one path, a packed leaf is stacked or of a codec that is not registered
+            (`btc_jax.register_codec`), or there are too many leaves for one file, or too many files.
+        OSError: if it could not be written; a `BlockingIOError` if another process is writing it, a `FileExistsError`
+            if the index of another system stands beside it.
+
+    Warns:
+        BTCTreeWarning: if something will come back as something else unless `load` is given a template, such as a
+            variable of a class of your own.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
@@ -63,29 +62,28 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         >>> restored["kernel"]
         BTCTensor(shape=(64, 64), ...)
     """
+    target = real_path(path)
     paths, leaves, _ = flatten(tree)
-    stored = [to_arrays(*pair) for pair in zip(paths, leaves, strict=True)]
-    return write_leaves(real_path(path), describe(tree), stored, max_shard_bytes)
+    check_target(target, max_shard_bytes)
+    node = describe(tree, paths)
+    check_readable(target, node, records_of(paths, leaves), max_shard_bytes)
+    return write_leaves(target, node, stored_leaves(paths, leaves), max_shard_bytes)
 
 
 def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:
-    """Writes stored leaves in the containers that `tree` describes. Arrays may be lazy: one is looked at at a time."""
-    check_target(path, max_shard_bytes)
-    _refuse_unreadable(tree, leaves)
+    """Writes stored leaves in the containers that `tree` describes. Arrays may be lazy: one leaf is read at a time.
+
+    What `check_target` and `check_readable` refuse must not come here.
+    """
     with only_writer(path):
         if max_shard_bytes is not None:
             return _write_shards(path, tree, leaves, max_shard_bytes)
         with whole_file(path) as file:
-            size = _write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
+            size = write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
         index_of(path).unlink(missing_ok=True)  # from here on the file is the checkpoint
         flush_folder(path.parent)
         _remove_shards(path, keep=())
         return size
-
-
-def index_of(path: Path) -> Path:
-    """The index of a checkpoint in several files."""
-    return path if path.name.endswith(".index.json") else path.parent / f"{path.name}.index.json"
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
@@ -93,21 +91,12 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(path))
 
 
-def index_text(tree: Any, shards: Sequence[tuple[str, Manifest]]) -> str:
-    """The index of several files: Hugging Face's `weight_map`, and our signed manifest of tree and files."""
-    listed = [[name, crc32c(manifest.text().encode()), len(manifest.leaves)] for name, manifest in shards]
-    manifest = canonical({"version": VERSION, "tree": tree, "shards": listed})
-    tensors = [(t, name) for name, shard in shards for t in shard.tensors()]
-    metadata = {"total_size": sum(t.nbytes for t, _ in tensors)} | signed(manifest)
-    return canonical({"metadata": metadata, "weight_map": {t.name: name for t, name in tensors}})
-
-
 def check_target(path: Path, max_shard_bytes: int | None) -> None:
     """Refuses, before any work, a place where a checkpoint cannot or must not be written.
 
     Raises:
-        ValueError: the name does not fit, or `max_shard_bytes` is below 1.
-        FileExistsError: the index of another system stands there.
+        ValueError: if the name does not fit, or `max_shard_bytes` is below 1.
+        FileExistsError: if the index of another system stands there.
     """
     if index_of(path) == path:
         raise ValueError(f"{path} is the name of an index; name the file without .index.json")
@@ -118,60 +107,84 @@ def check_target(path: Path, max_shard_bytes: int | None) -> None:
     _refuse_foreign_index(index_of(path))
 
 
-def _refuse_unreadable(tree: Any, leaves: Sequence[StoredLeaf]) -> None:
-    """Refuses, before anything is touched, what could be written but not read again."""
-    paths = [record.path for record, _ in leaves]
+def check_readable(path: Path, tree: Any, records: Sequence[LeafRecord], max_shard_bytes: int | None) -> None:
+    """Refuses, before any work, what could be written but not read again. The checksums of records may be missing.
+
+    Raises:
+        ValueError: if paths occur twice, the tree is too large, or there are too many leaves or files.
+    """
+    paths = [record.path for record in records]
     if len(set(paths)) < len(paths):
         raise ValueError("two leaves of the tree have the same path; rename one")
-    rebuild(tree, paths)
+    rebuild(tree, paths, paths)
+    limits = Limits(path)
+    if max_shard_bytes is None:
+        _check_file(Manifest(tree, tuple(records)), limits)
+        return
+    manifests = _manifests(records, max_shard_bytes)
+    if len(manifests) > MAX_SHARDS:
+        raise ValueError(
+            f"{len(records):,} leaves would be split into {len(manifests):,} files, more than {MAX_SHARDS:,}; raise "
+            "max_shard_bytes"
+        )
+    texts = [_check_file(manifest, limits) for manifest in manifests]
+    names = _names(path, _CHECKSUM, len(manifests))
+    text = index_text(tree, list(zip(names, manifests, texts, strict=True)))
+    if len(text) > MAX_TEXT:
+        raise ValueError(
+            f"{len(records):,} leaves need an index of {len(text):,} bytes, more than {MAX_TEXT:,}; save parts of the "
+            "tree apart"
+        )
+    parse_index(text.encode(), index_of(path))
+
+
+def write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:
+    """Writes a file of these leaves, and returns its bytes."""
+    arrays = {record.path: parts for record, parts in leaves}
+    header = header_of(manifest)
+    file.write(len(header).to_bytes(8, "little"))
+    file.write(header)
+    for tensor in manifest.tensors():
+        for array in arrays[tensor.name]:
+            file.write(array.reshape(-1).view(np.uint8).data)
+    return file.tell()
 
 
 def _refuse_foreign_index(index: Path) -> None:
     """An index goes with the checkpoint that it belongs to; one of another system is not ours to replace or remove."""
     if not index.exists():
         return
-    found: Any = None
-    with suppress(OSError, ValueError):
-        found = parse_json(index.read_bytes(), str(index))
-    metadata = found.get("metadata") if isinstance(found, dict) else None
-    if not isinstance(metadata, dict) or FORMAT not in metadata:
-        message = "is no index of a compressed checkpoint; save under another name, or remove it"
-        raise FileExistsError(errno.EEXIST, f"{index} {message}")
+    try:
+        parse_index(index.read_bytes(), index)
+    except BTCNotCompressedError as error:
+        message = "is not the index of a compressed checkpoint; save under another name, or remove it"
+        raise FileExistsError(errno.EEXIST, f"{index} {message}") from error
+    except BTCFormatError:
+        return  # ours and damaged, so it may be replaced
 
 
-def _write_file(file: BinaryIO, manifest: Manifest, leaves: Iterable[StoredLeaf]) -> int:
-    places = {t.name: (arrays, i) for record, arrays in leaves for i, t in enumerate(record.tensors)}
-    header = manifest.header()
-    # What could not be read again is not written.
+def _check_file(manifest: Manifest, limits: Limits) -> str:
+    """The text of a manifest that can be read again."""
+    text = manifest.text()
+    header = header_of(manifest, text)
     parse_header(header, sum(tensor.nbytes for tensor in manifest.tensors()), "the checkpoint")
-    file.write(len(header).to_bytes(8, "little"))
-    file.write(header)
-    for tensor in manifest.tensors():
-        arrays, i = places[tensor.name]
-        file.write(arrays[i].reshape(-1).view(np.uint8).data)
-    return file.tell()
+    limits.add(len(header), text, len(manifest.leaves))
+    return text
 
 
 def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> int:
     """New files under names of their own, then the index, which makes them the checkpoint, then away with the old."""
-    groups = list(_grouped(leaves, max_shard_bytes))
-    manifests = [Manifest(None, tuple(record for record, _ in group)) for group in groups]
-    identity = crc32c("".join(manifest.text() for manifest in manifests).encode())
-    names = [f"{path.stem}-{identity}-{i:05d}-of-{len(groups):05d}{SUFFIX}" for i in range(1, len(groups) + 1)]
-    text = index_text(tree, list(zip(names, manifests, strict=True))).encode()
-    headers = sum(len(manifest.header()) for manifest in manifests)
-    if len(groups) > MAX_SHARDS or len(text) > MAX_HEADER or headers > MAX_HEADERS:
-        raise ValueError(
-            f"{len(leaves)} leaves in {len(groups)} files need an index of {len(text):,} bytes; at most {MAX_SHARDS} "
-            f"files and {MAX_HEADER:,} bytes can be read; raise max_shard_bytes, or save parts of the tree"
-        )
-    index, size = index_of(path), len(text)
+    manifests = _manifests([record for record, _ in leaves], max_shard_bytes)
+    texts = [manifest.text() for manifest in manifests]
+    names = _names(path, crc32c(*(text.encode() for text in texts)), len(manifests))
+    text = index_text(tree, list(zip(names, manifests, texts, strict=True))).encode()
+    index, size, rest = index_of(path), len(text), iter(leaves)
     fresh = [path.with_name(name) for name in names if not path.with_name(name).exists()]
     try:
         with whole_file(index) as file:
-            for name, manifest, group in zip(names, manifests, groups, strict=True):
+            for name, manifest in zip(names, manifests, strict=True):
                 with whole_file(path.with_name(name)) as shard:
-                    size += _write_file(shard, manifest, group)
+                    size += write_file(shard, manifest, [next(rest) for _ in manifest.leaves])
             file.write(text)
     except BaseException:
         if not (index.is_file() and index.read_bytes() == text):  # else the new files are the checkpoint already
@@ -183,15 +196,24 @@ def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard
     return size
 
 
-def _grouped(leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> Iterator[list[StoredLeaf]]:
-    group: list[StoredLeaf] = []
+def _names(path: Path, identity: str, count: int) -> list[str]:
+    return [f"{path.stem}-{identity}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)]
+
+
+def _manifests(records: Sequence[LeafRecord], max_shard_bytes: int) -> list[Manifest]:
+    """The manifests of the files that the leaves are split into."""
+    return [Manifest(None, tuple(group)) for group in _grouped(records, max_shard_bytes)]
+
+
+def _grouped(records: Sequence[LeafRecord], max_shard_bytes: int) -> Iterator[list[LeafRecord]]:
+    group: list[LeafRecord] = []
     size = 0
-    for leaf in leaves:
-        if group and size + leaf[0].nbytes > max_shard_bytes:
+    for record in records:
+        if group and size + record.nbytes > max_shard_bytes:
             yield group
             group, size = [], 0
-        group.append(leaf)
-        size += leaf[0].nbytes
+        group.append(record)
+        size += record.nbytes
     yield group
 
 
@@ -202,7 +224,7 @@ def _remove_shards(path: Path, keep: Sequence[str]) -> None:
     if path.suffix != SUFFIX:
         return
     shard = re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}" + re.escape(SUFFIX)
-    ours = re.compile(rf"{shard}|\.{shard}\.tmp")
+    ours, kept = re.compile(rf"{shard}|\.{shard}\.tmp"), set(keep)
     for file in path.parent.iterdir():
-        if ours.fullmatch(file.name) and file.name not in keep:
+        if ours.fullmatch(file.name) and file.name not in kept:
             file.unlink(missing_ok=True)

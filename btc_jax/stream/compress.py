@@ -13,13 +13,16 @@ import jax.numpy as jnp
 from btc_jax.allocate import Choice, target_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import LeafRecord, canonical
+from btc_jax.checkpoint.manifest import ERRORS, LeafRecord, error_of_list
 from btc_jax.checkpoint.structure import describe
-from btc_jax.checkpoint.write import StoredLeaf, check_target, real_path, write_leaves
-from btc_jax.codecs import Codec
+from btc_jax.checkpoint.text import canonical
+from btc_jax.checkpoint.ties import StoredLeaf
+from btc_jax.checkpoint.write import check_readable, check_target, real_path, write_leaves
+from btc_jax.codecs import Codec, check_registered
 from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storage_of
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import open_source
+from btc_jax.stream.container import longest_records
 from btc_jax.stream.parts import Parts
 from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested
 from btc_jax.tensor import quantize_leaf
@@ -82,7 +85,8 @@ def compress_file(
         on_leaf: called after each leaf with its path and its bytes in the source.
 
     Raises:
-        ValueError: the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached.
+        ValueError: the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached;
+            before any work, if there are too many leaves for one file, or too many files.
         BTCPolicyError: a rule fits no leaf, or none is packed.
         OSError: the target could not be written.
     """
@@ -95,6 +99,8 @@ def compress_file(
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)
+        node = describe(tree, [how.path for how in decisions])
+        _refuse_unreadable(target, node, lazy, decisions, max_shard_bytes)
         with Parts(target) as parts:
             choices = choices_of(lazy, decisions, policy, goal, tree, target if max_shard_bytes else None)
             parts.open(_identity(fingerprint, decisions, choices))
@@ -103,8 +109,9 @@ def compress_file(
                 parts.discard()
                 raise ValueError(f"{source} was changed while it was read; run it again")
             stored = parts.leaves(len(leaves))
-            written = write_leaves(target, describe(tree), stored, max_shard_bytes)
-    total, packed = _total([record for record, _ in stored])
+            total, packed = _total([record for record, _ in stored])
+            stored = [(_in_short(record), arrays) for record, arrays in stored]
+            written = write_leaves(target, node, stored, max_shard_bytes)
     return Compressed(
         leaves=len(leaves),
         packed=packed,
@@ -121,6 +128,15 @@ def compress_file(
 def refuse_source(target: Path, files: Sequence[Path]) -> None:
     if target in map(real_path, files):
         raise ValueError(f"{target} is the source, or a part of it; name another file")
+
+
+def _refuse_unreadable(
+    target: Path, node: Any, leaves: Sequence[LazyLeaf], decisions: Sequence[Decision], max_shard_bytes: int | None
+) -> None:
+    """Refuses, before any leaf is read, what could not be read again: as if each leaf took all its bits."""
+    for codec in {how.codec for how in decisions if how.codec is not None}:
+        check_registered(codec)
+    check_readable(target, node, longest_records(leaves, decisions), max_shard_bytes)
 
 
 def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Choice | None, on_leaf: OnLeaf | None) -> bool:
@@ -142,8 +158,21 @@ def _compress(path: str, leaf: Any, choice: Choice | None) -> StoredLeaf:
     packed = quantize_leaf(leaf, choice.codec, choice.order, path, choice.slope)
     record, arrays = to_arrays(path, packed)
     measures = jsonable(Measures.of(storage_of(packed), error_of(leaf, packed.dequantize())))
-    error = {name: measures[name] for name in ("rmse", "relative_rmse", "sqnr_db", "largest_error")}
+    error = error_of_list([measures[name] for name in ERRORS])
     return dataclasses.replace(record, details=record.details | {"error": error}), arrays
+
+
+def _in_short(record: LeafRecord) -> LeafRecord:
+    """The record with errors of four digits, for a file of many leaves."""
+    if "error" not in record.details:
+        return record
+    exact = record.details["error"]
+    error = error_of_list([_short(exact[name]) for name in ERRORS])
+    return dataclasses.replace(record, details=record.details | {"error": error})
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _total(records: Iterable[LeafRecord]) -> tuple[Measures, int]:

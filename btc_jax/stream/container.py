@@ -5,58 +5,56 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from btc_jax._typing import PyTree
 from btc_jax.blocks import with_taps
-from btc_jax.checkpoint.manifest import CODES, LeafRecord, Manifest, Tensor
+from btc_jax.checkpoint.header import header_of
+from btc_jax.checkpoint.index import SUFFIX, index_text
+from btc_jax.checkpoint.manifest import LeafRecord, Manifest, dense_tensor, error_of_list, packed_tensor
 from btc_jax.checkpoint.structure import describe
-from btc_jax.checkpoint.write import SUFFIX, index_text
 from btc_jax.codecs import Codec
-from btc_jax.planes import plane_specs, row_layout
+from btc_jax.coding import packed_nbytes
 from btc_jax.policy import Decision
 
 _CHECKSUM = "0" * 8
-_LONGEST = -1.2345678901234567e-100
-"""No float64 is longer in JSON."""
+_LONGEST = 1.234e-100
+"""No error is longer in the record of a leaf."""
 
 
 def container_nbytes(
     tree: PyTree, leaves: Sequence[Any], decisions: Sequence[Decision], shards_of: Path | None = None
 ) -> int:
-    """Bytes that a checkpoint of these leaves takes beside their tensors, at most.
+    """Bytes that a checkpoint of these leaves takes next to their tensors, at most.
 
     Args:
         shards_of: the checkpoint that is split into several files with an index, where it is.
     """
-    records = [_record(*pair) for pair in zip(leaves, decisions, strict=True)]
+    node, records = describe(tree, [how.path for how in decisions]), longest_records(leaves, decisions)
     if shards_of is None:
-        return 8 + len(Manifest(describe(tree), tuple(records)).header())
+        return 8 + len(header_of(Manifest(node, tuple(records))))
     # As if each leaf had a file of its own. Places of tensors have fewer digits there, in less than the spare bytes.
     name = f"{shards_of.stem}-{_CHECKSUM}-00000-of-00000{SUFFIX}"
-    files = [(name, Manifest(None, (record,))) for record in records]
-    return len(index_text(describe(tree), files)) + sum(128 + len(file.header()) for _, file in files)
+    files = [Manifest(None, (record,)) for record in records]
+    index = index_text(node, [(name, file, "") for file in files])
+    return len(index) + sum(128 + len(header_of(file)) for file in files)
+
+
+def longest_records(leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[LeafRecord]:
+    """Records that are at least as long as those that will be written, of tensors at least as large."""
+    return [_record(*pair) for pair in zip(leaves, decisions, strict=True)]
 
 
 def _record(leaf: Any, how: Decision) -> LeafRecord:
-    """A record that is at least as long as the one that will be written."""
+    path, shape, dtype = how.path, tuple(leaf.shape), leaf.dtype.name
     if how.codec is None:
-        return _long(how, "dense", leaf, (Tensor(how.path, CODES[leaf.dtype.name], leaf.shape, _CHECKSUM),), {})
-    codec = max(how.codec.candidates, key=lambda codec: len(plane_specs(codec.widths)))
-    order = (with_taps(leaf.shape, how.order) if how.free else None) or how.order
-    error = dict.fromkeys(("rmse", "relative_rmse", "sqnr_db", "largest_error"), _LONGEST)
-    details = {"codec": codec.stored.to_json(), "order": order, "error": error}
-    return _long(how, "packed", leaf, tuple(_tensors(how.path, codec, math.prod(leaf.shape))), details)
+        return LeafRecord(path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), {})
+    codec = max(how.codec.candidates, key=lambda codec: _most_nbytes(codec, math.prod(shape)))
+    order = (with_taps(shape, how.order) if how.free else None) or how.order
+    tensor = packed_tensor(path, _most_nbytes(codec, math.prod(shape)))
+    details = {"codec": codec.stored.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
+    return LeafRecord(path, "packed", shape, dtype, (tensor,), details)
 
 
-def _long(how: Decision, kind: str, leaf: Any, tensors: tuple[Tensor, ...], details: dict[str, Any]) -> LeafRecord:
-    return LeafRecord(how.path, kind, tuple(leaf.shape), leaf.dtype.name, tensors, details)
-
-
-def _tensors(path: str, codec: Codec, weights: int) -> list[Tensor]:
-    """The tensors of a leaf of which every block has all its bits."""
+def _most_nbytes(codec: Codec, weights: int) -> int:
+    """Bytes of a packed leaf of which every block has all its bits."""
     blocks = -(-weights // codec.block_size)
-    layouts = [row_layout(codec.block_size, spec.bits) for spec in plane_specs(codec.widths)]
-    arrays = {f"plane{i}": (layout.dtype, (blocks, layout.runs * layout.words)) for i, layout in enumerate(layouts)}
-    arrays |= {name: (array.dtype, array.shape) for name, array in codec.stored_header(blocks).items()}
-    return [Tensor(f"{path}#{name}", CODES[np.dtype(d).name], shape, _CHECKSUM) for name, (d, shape) in arrays.items()]
+    return packed_nbytes(codec, weights, (*(0 for _ in codec.widths[1:]), blocks))

@@ -1,9 +1,10 @@
 """Finished leaves of a run beside its target, so that a run that was killed goes on where it was.
 
-Each is a small checkpoint of its own in a folder. At the end they are put together into the target, and the folder
-goes.
+Each is in a file like those of a checkpoint in several files, without an index. At the end they are put together into
+the target, and their folder is removed.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from btc_jax.checkpoint.files import only_writer
-from btc_jax.checkpoint.manifest import LeafRecord
+from btc_jax.checkpoint.manifest import LeafRecord, Manifest
 from btc_jax.checkpoint.read import open_checkpoint, verify
-from btc_jax.checkpoint.write import StoredLeaf, write_leaves
+from btc_jax.checkpoint.ties import StoredLeaf
+from btc_jax.checkpoint.write import write_file
 
 
 class Parts:
@@ -52,12 +54,21 @@ class Parts:
     def has(self, i: int) -> bool:
         """Whether leaf `i` is there, whole."""
         try:
-            return verify(self._file(i)).ok
+            return self._file(i).exists() and verify(self._file(i)).ok
         except (OSError, ValueError):
             return False
 
     def put(self, i: int, leaf: StoredLeaf) -> None:
-        write_leaves(self._file(i), 0, [leaf], None)
+        """Adds a finished leaf. The run may be killed from here on.
+
+        It is not flushed to disk, which would take most of the time of small leaves: what is lost when the power fails
+        is not whole, and so is done again.
+        """
+        file = self._file(i)
+        unfinished = file.with_suffix(".tmp")
+        with unfinished.open("wb") as stream:
+            write_file(stream, Manifest(None, (leaf[0],)), [leaf])
+        os.replace(unfinished, file)
 
     def leaves(self, count: int) -> list[StoredLeaf]:
         """The finished leaves; their arrays stay in their files until they are asked for."""
@@ -69,7 +80,7 @@ class Parts:
 
 
 class _LazyArrays(Sequence[np.ndarray]):
-    """The arrays of a finished leaf, read when they are asked for, and not kept."""
+    """The tensor of a finished leaf, read when it is asked for, and not kept."""
 
     def __init__(self, file: Path, record: LeafRecord):
         self._file, self._record = file, record
@@ -78,8 +89,9 @@ class _LazyArrays(Sequence[np.ndarray]):
         return len(self._record.tensors)
 
     def __getitem__(self, i: Any) -> Any:
+        tensor = self._record.tensors[i]
         with open_checkpoint(self._file) as part:
-            return part.read_tensor(self._record.tensors[i])
+            return part.read_tensor(tensor)
 
 
 def _stored(file: Path) -> StoredLeaf:

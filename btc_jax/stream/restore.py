@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax.checkpoint.files import whole_file
-from btc_jax.checkpoint.manifest import CODES, canonical
+from btc_jax.checkpoint.manifest import CODES
 from btc_jax.checkpoint.read import Checkpoint, open_checkpoint
+from btc_jax.checkpoint.text import canonical
 from btc_jax.checkpoint.write import index_of, real_path
 from btc_jax.stream.compress import OnLeaf, refuse_source
 from btc_jax.stream.plan import PathLike

@@ -5,16 +5,20 @@ machine. A file here is never changed or removed: it must be read, and written a
 """
 
 import functools
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import FrozenDict
 
-from btc_jax import BTCTensor, Multilevel, Uniform, quantize_leaf, save
+from btc_jax import BTCTensor, BTCTreeWarning, Multilevel, Uniform, quantize_leaf, save
 from btc_jax.planes import pack_planes, plane_specs
 
 FOLDER = Path(__file__).parent
@@ -56,7 +60,17 @@ def dense() -> Any:
 def containers() -> Any:
     small = packed((4, 16), Uniform(8))
     state = nnx.State({"layer": nnx.State({"kernel": nnx.Param(small), "mean": nnx.BatchStat(np.ones(2, np.float32))})})
+    named = nnx.Param(
+        np.ones((2, 2), np.float32), out_sharding=("a", None), eager_sharding=False, tag="t", more=[1, {}]
+    )
     return {
+        "boxes": {
+            "dense": nn.Partitioned(np.ones((2, 2), np.float32), ("a", None)),
+            "packed": nn.LogicallyPartitioned(packed((4, 16), Uniform(8)), (("a", "b"), "c")),
+        },
+        "frozen": FrozenDict({"a": {"b": np.int8(1)}, "c": nnx.Cache(np.int8(2))}),
+        "named": nnx.State({"kernel": named, "count": nnx.RngCount(np.uint32(1), tag="t")}),
+        "ordered": OrderedDict(z=np.int8(1), a=small),
         "list": [np.int32(1), (np.int32(2),), [], ()],
         "point": Point(np.float32(1), {"y": small}),
         "state": state,
@@ -99,7 +113,8 @@ def bare(shape: tuple[int, ...], codec: Multilevel, headers: Sequence[int], orde
     codes = jnp.asarray(codes & ((1 << widths.astype(np.uint32)) - 1)[:, None])
     specs = plane_specs(codec.widths)
     rows = pack_planes(codes, jnp.asarray(widths), specs)
-    planes = tuple(plane[np.flatnonzero(widths >= spec.end)] for plane, spec in zip(rows, specs, strict=True))
+    present = [np.flatnonzero(widths >= spec.end) for spec in specs]
+    planes = tuple(plane[blocks] for plane, blocks in zip(rows, present, strict=True) if blocks.size)
     stored = {"centre": numbers["centre"], "header": header, "step": numbers["step"]}
     dtype = np.dtype(more.get("dtype", np.float32))
     return BTCTensor(planes, map_to_jax(stored), shape, dtype, codec, order)
@@ -149,8 +164,14 @@ TREES: dict[str, tuple[Callable[[], Any], int | None]] = {
 
 def write(folder: Path, name: str) -> list[Path]:
     """Writes one of them into an empty folder, and returns its files."""
-    tree, max_shard_bytes = TREES[name]
-    save(folder / f"{name}.safetensors", tree(), max_shard_bytes=max_shard_bytes)
+    return write_tree(folder, name, TREES[name][0]())
+
+
+def write_tree(folder: Path, name: str, tree: Any) -> list[Path]:
+    """Writes a tree as one of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BTCTreeWarning)  # of the named tuple
+        save(folder / f"{name}.safetensors", tree, max_shard_bytes=TREES[name][1])
     return sorted(folder.iterdir())
 
 

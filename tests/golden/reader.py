@@ -8,8 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-CODES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
-
 
 def read_packed(path: Path) -> dict[str, np.ndarray]:
     """The packed leaves of a file, decoded."""
@@ -17,23 +15,33 @@ def read_packed(path: Path) -> dict[str, np.ndarray]:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     manifest = json.loads(header["__metadata__"]["btc_jax"])
+    leaves = {}
+    for leaf_path, number, *rest in manifest["leaves"]:
+        how = manifest["formats"][number]
+        if how["kind"] == "packed":
+            begin, end = header[leaf_path]["data_offsets"]
+            leaves[leaf_path] = _leaf(how, rest[0], data[start + begin : start + end])
+    return leaves
 
-    def tensor(name: str) -> np.ndarray:
-        entry = header[name]
-        begin, end = entry["data_offsets"]
-        return np.frombuffer(data[start + begin : start + end], CODES[entry["dtype"]]).reshape(entry["shape"])
 
-    leaves = [leaf for leaf in manifest["leaves"] if leaf["kind"] == "packed"]
-    return {leaf["path"]: _leaf(leaf, {t[0].split("#")[1]: tensor(t[0]) for t in leaf["tensors"]}) for leaf in leaves}
-
-
-def _leaf(leaf: dict[str, Any], arrays: dict[str, np.ndarray]) -> np.ndarray:
-    codec, shape = leaf["codec"], leaf["shape"]
+def _leaf(how: dict[str, Any], shape: list[int], data: bytes) -> np.ndarray:
+    codec = how["codec"]
     blocks = -(-math.prod(shape) // codec["block_size"])
     decode = _uniform if codec["id"] == "uniform" else _multilevel
-    weights = decode(codec, blocks, arrays).reshape(-1)[: math.prod(shape)]
-    dtype = getattr(ml_dtypes, leaf["dtype"]) if hasattr(ml_dtypes, leaf["dtype"]) else leaf["dtype"]
-    return _placed(weights, shape, leaf["order"]).astype(dtype)
+    assert data[:2] == bytes([0xB7, 0x9C])
+    weights = decode(codec, blocks, data[2:]).reshape(-1)[: math.prod(shape)]
+    dtype = getattr(ml_dtypes, how["dtype"]) if hasattr(ml_dtypes, how["dtype"]) else how["dtype"]
+    return _placed(weights, shape, how["order"]).astype(dtype)
+
+
+def _cut(data: bytes, *parts: tuple[Any, int]) -> tuple[list[np.ndarray], bytes]:
+    """Arrays of these dtypes and lengths from the front of some bytes, and the rest."""
+    arrays = []
+    for dtype, length in parts:
+        nbytes = np.dtype(dtype).itemsize * length
+        arrays.append(np.frombuffer(data[:nbytes], dtype))
+        data = data[nbytes:]
+    return arrays, data
 
 
 def _placed(weights: np.ndarray, shape: list[int], order: str) -> np.ndarray:
@@ -51,39 +59,45 @@ def _cosines(size: int) -> np.ndarray:
     return np.where(k == 0, math.sqrt(1 / size), math.sqrt(2 / size)) * np.cos(np.pi * k * (2 * t + 1) / (2 * size))
 
 
-def _uniform(codec: dict[str, Any], blocks: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def _uniform(codec: dict[str, Any], blocks: int, data: bytes) -> np.ndarray:
     low, high, threshold = codec["low_bits"], codec["high_bits"], codec["threshold"]
     widths = [high] if threshold == 0 else [low] if threshold == "inf" else [low, high]
-    wide = np.unpackbits(arrays["wide"], count=blocks, bitorder="little") if len(widths) == 2 else np.zeros(blocks, int)
+    extreme = (codec["header_dtype"], blocks)
+    (maximum, minimum, bits), data = _cut(data, extreme, extreme, ("u1", -(-blocks // 8) if len(widths) == 2 else 0))
+    wide = np.unpackbits(bits, count=blocks, bitorder="little") if len(widths) == 2 else np.zeros(blocks, int)
     width = np.where(wide == 1, high, widths[0])
-    low, high = (arrays[name].astype(np.float64)[:, None] for name in ("minimum", "maximum"))
-    return low + _codes(widths, width, codec["block_size"], arrays) * ((high - low) / (2.0**width - 1)[:, None])
+    low, high = minimum.astype(np.float64)[:, None], maximum.astype(np.float64)[:, None]
+    return low + _codes(widths, width, codec["block_size"], data) * ((high - low) / (2.0**width - 1)[:, None])
 
 
-def _multilevel(codec: dict[str, Any], blocks: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    r, e = np.divmod(arrays["header"].astype(int), 8)
+def _multilevel(codec: dict[str, Any], blocks: int, data: bytes) -> np.ndarray:
+    (centre, header, step), data = _cut(data, ("<f4", 1), ("u1", blocks), ("<f4", 1))
+    r, e = np.divmod(header.astype(int), 8)
     free = np.where(r > 0, r // 4 + 1, np.where(e > 0, 8, 0))
     width = free if codec["width"] is None else np.full(blocks, codec["width"])
     octaves = np.where(r > 0, r / 4, 8 + e * (e - 1) / 4)
-    half = np.where((r > 0) | (e > 0), float(arrays["step"][0]) * 2.0**octaves, 0)[:, None]
+    half = np.where((r > 0) | (e > 0), float(step[0]) * 2.0**octaves, 0)[:, None]
     n = 2.0 ** width[:, None]
     escaped = np.where(n[:, 0] > 1, -(0.75 / n[:, 0] + 0.25 / n[:, 0] ** 3), 0)
     middle = np.where(r > 0, (2 * e - 7) * 5 / 128, np.where(e > 0, escaped, 0))[:, None]
     widths = list(range(9)) if codec["width"] is None else [codec["width"]]
-    u = (2 * _codes(widths, width, codec["block_size"], arrays) + 1 - n) / n
-    return float(arrays["centre"][0]) + half * (0.75 * u + 0.25 * u**3 + middle)
+    u = (2 * _codes(widths, width, codec["block_size"], data) + 1 - n) / n
+    return float(centre[0]) + half * (0.75 * u + 0.25 * u**3 + middle)
 
 
-def _codes(widths: list[int], width: np.ndarray, size: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The codes of all blocks, of these widths, from the planes."""
-    codes, end, i = np.zeros((len(width), size), np.int64), 0, 0
+def _codes(widths: list[int], width: np.ndarray, size: int, data: bytes) -> np.ndarray:
+    """The codes of all blocks, of these widths, from the planes, which must be all that is left."""
+    codes, end = np.zeros((len(width), size), np.int64), 0
     for wanted in widths:
         for bits in (8, 4, 2, 1):
             if (wanted - end) & bits:
                 end += bits
                 present = np.flatnonzero(width >= end)
-                codes[present] = codes[present] << bits | _fields(arrays[f"plane{i}"], bits, size)
-                i += 1
+                row = -(-size * bits // 8)
+                word = math.gcd(row, 4)
+                (plane,), data = _cut(data, (f"<u{word}", len(present) * row // word))
+                codes[present] = codes[present] << bits | _fields(plane.reshape(-1, row // word), bits, size)
+    assert not data
     return codes
 
 

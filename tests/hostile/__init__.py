@@ -1,8 +1,13 @@
 """A generator for each lie that a checkpoint file can tell. Each takes an empty folder and returns what to load."""
 
-from tests.hostile.headers import HEADERS
-from tests.hostile.indexes import INDEXES
-from tests.hostile.manifests import MANIFESTS
-from tests.hostile.multilevel import MULTILEVEL
+import inspect
 
-LIES = {lie.__name__: lie for lie in (*HEADERS, *MANIFESTS, *MULTILEVEL, *INDEXES)}
+from tests.hostile import headers, indexes, manifests, multilevel, packed, trees
+
+LIES = {
+    name: lie
+    for module in (headers, manifests, packed, multilevel, trees, indexes)
+    for name, lie in inspect.getmembers(module, inspect.isfunction)
+    if lie.__module__ == module.__name__ and not name.startswith("_") and len(inspect.signature(lie).parameters) == 1
+}
+"""Each public function of a folder alone."""

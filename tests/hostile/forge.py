@@ -9,7 +9,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-ITEMSIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "U16": 2}
+CODES = {"float32": "F32", "bool": "BOOL", "float64": "F64", "int32": "I32", "uint8": "U8", "bfloat16": "BF16"}
+ITEMSIZES = {"F64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2}
+SEAL = b"\xb7\x9c"
+UNIFORM = {
+    **{"id": "uniform", "block_size": 4, "low_bits": 4, "high_bits": 8, "threshold": 0.05},
+    "header_dtype": "float16",
+}
 Change = Callable[[Any], Any]
 
 
@@ -33,50 +39,63 @@ def write(path: Path, header: bytes, payload: bytes = b"", length: int | None = 
     return path
 
 
-def leaf(path: str, array: np.ndarray, **changes: Any) -> dict[str, Any]:
-    """The record of a dense leaf of float32."""
-    tensor = [path, "F32", list(array.shape), crc(array.tobytes())]
-    fields = {"path": path, "kind": "dense", "shape": list(array.shape), "dtype": "float32", "tensors": [tensor]}
-    return fields | changes
+def dense_format(dtype: str = "float32") -> dict[str, Any]:
+    return {"kind": "dense", "dtype": dtype}
 
 
-def packed(block_size: int = 4, wide: tuple[int, ...] = (1, 0)) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The record and the tensors of a leaf `w` of two blocks, wide where `wide` says so."""
-    parts: dict[str, tuple[str, list[int], bytes]] = {
-        "plane0": ("U16", [len(wide), 1], bytes(range(1, 1 + 2 * len(wide)))),
-        "plane1": ("U16", [sum(wide), 1], bytes(range(9, 9 + 2 * sum(wide)))),
-        "maximum": ("F16", [len(wide)], np.ones(len(wide), np.float16).tobytes()),
-        "minimum": ("F16", [len(wide)], np.full(len(wide), -1, np.float16).tobytes()),
-        "wide": ("U8", [1], bytes([sum(bit << i for i, bit in enumerate(wide))])),
+def packed_format(codec: Any = None, order: Any = "output-major") -> dict[str, Any]:
+    return {"kind": "packed", "dtype": "float32", "order": order, "codec": dict(UNIFORM if codec is None else codec)}
+
+
+def dense(path: str, array: np.ndarray, number: int = 0) -> list[Any]:
+    """The record of a dense leaf."""
+    return [path, number, list(array.shape), crc(array.tobytes())]
+
+
+def packed(data: bytes, shape: Any = (8,), number: int = 0, path: str = "w") -> list[Any]:
+    """The record of a packed leaf."""
+    return [path, number, list(shape), crc(data), len(data)]
+
+
+def uniform(wide: tuple[int, ...] = (1, 0), **parts: bytes) -> bytes:
+    """A packed leaf of blocks of 4 weights, wide where `wide` says so; `parts` replace its own."""
+    blocks = len(wide)
+    usual = {
+        "seal": SEAL,
+        "maximum": np.ones(blocks, np.float16).tobytes(),
+        "minimum": np.full(blocks, -1, np.float16).tobytes(),
+        "wide": bytes([sum(bit << i for i, bit in enumerate(wide))]),
+        "plane0": bytes(range(1, 1 + 2 * blocks)),
+        "plane1": bytes(range(9, 9 + 2 * sum(wide))),
     }
-    record = {
-        **{"path": "w", "kind": "packed", "shape": [block_size * len(wide)], "dtype": "float32"},
-        "tensors": [[f"w#{name}", code, shape, crc(data)] for name, (code, shape, data) in parts.items()],
-        "codec": {
-            **{"id": "uniform", "block_size": block_size, "low_bits": 4, "high_bits": 8, "threshold": 0.05},
-            "header_dtype": "float16",
-        },
-        "order": "output-major",
+    return b"".join((usual | parts).values())
+
+
+def manifest(formats: list[Any], leaves: list[Any], tree: Any = None) -> dict[str, Any]:
+    return {"version": 1, "formats": formats, "tree": ["paths", len(leaves), 0] if tree is None else tree} | {
+        "leaves": leaves
     }
-    return record, {f"w#{name}": data for name, (_, _, data) in parts.items()}
 
 
-def manifest(*leaves: dict[str, Any], tree: Any = None) -> dict[str, Any]:
-    tree = ["dict", "", [leaf["path"] for leaf in leaves], list(range(len(leaves)))] if tree is None else tree
-    return {"version": 1, "tree": tree, "leaves": list(leaves)}
+def tensors(fields: Any) -> list[tuple[str, str, list[int]]]:
+    """Name, code and shape of all tensors as they lie in a file: the widest numbers first."""
+    found = [_tensor(fields["formats"][leaf[1]], *leaf) for leaf in fields["leaves"]]
+    return sorted((tensor for tensor in found if tensor), key=lambda tensor: -ITEMSIZES.get(tensor[1], 1))
 
 
-def order(fields: Any) -> list[list[Any]]:
-    """All tensors as they lie in a file: the widest numbers first."""
-    tensors = [tensor for record in fields["leaves"] for tensor in record["tensors"]]
-    return sorted(tensors, key=lambda tensor: -ITEMSIZES.get(tensor[1], 1))
+def _tensor(how: Any, path: Any, number: int, *rest: Any) -> Any:
+    if how["kind"] == "packed":
+        return path, "U8", [rest[2]]
+    if how["kind"] == "key":
+        return path, "U32", rest[0] + how["words"]
+    return None if how["kind"] in ("python", "tied") else (path, CODES.get(how["dtype"], "U8"), rest[0])
 
 
 def header_of(fields: Any, sign: Any = None) -> dict[str, Any]:
     """The header that a manifest asks for, as JSON; `sign` is put into it instead of the manifest."""
     header: dict[str, Any] = {"__metadata__": signed(fields if sign is None else sign)}
     end = 0
-    for name, code, shape, _ in order(fields):
+    for name, code, shape in tensors(fields):
         nbytes = math.prod(shape) * ITEMSIZES.get(code, 1)
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [end, end + nbytes]}
         end += nbytes
@@ -85,15 +104,17 @@ def header_of(fields: Any, sign: Any = None) -> dict[str, Any]:
 
 def checkpoint(path: Path, fields: Any, data: dict[str, bytes], header: Any = None) -> Path:
     """A checkpoint of this manifest and these tensors, or with another header."""
-    payload = b"".join(data[tensor[0]] for tensor in order(fields))
+    payload = b"".join(data[tensor[0]] for tensor in tensors(fields))
     return write(path, text(header_of(fields) if header is None else header).encode(), payload)
 
 
 def honest() -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A manifest without a lie, of a packed and of a dense leaf, and its tensors."""
-    array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    record, data = packed()
-    return manifest(record, leaf("a", array)), data | {"a": array.tobytes()}
+    """A manifest without a lie, of a packed leaf, a dense one and one that is tied to it, and its tensors."""
+    array, data = np.arange(6, dtype=np.float32).reshape(2, 3), uniform()
+    formats = [packed_format(), dense_format(), {"kind": "tied", "dtype": "float32"}]
+    leaves = [packed(data), dense("a", array, 1), ["b", 2, [2, 3], "a"]]
+    tree = ["dict", ["w", "a", "b"], [0, 1, 2]]
+    return manifest(formats, leaves, tree), {"w": data, "a": array.tobytes()}
 
 
 def with_header(folder: Path, change: Change) -> Path:

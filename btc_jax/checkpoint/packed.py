@@ -1,0 +1,140 @@
+"""A packed leaf <-> the bytes of its one tensor: seal, header arrays, planes, each little-endian, nothing in between.
+
+How many rows a plane has follows from the widths, and they from the header; so nothing else is stored, and the length
+must come out to the byte. The same checks hold when a leaf is saved and when it is loaded.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
+from btc_jax.checkpoint.text import canonical
+from btc_jax.codecs import Codec, check_registered, codec_from_json
+from btc_jax.coding import wrong_rows
+from btc_jax.intact import changes
+from btc_jax.planes import plane_specs, row_layout
+from btc_jax.seal import SEAL, changed_arrays
+from btc_jax.tensor import BTCTensor
+
+
+@functools.lru_cache(maxsize=256)
+def codec_json(codec: Codec) -> dict[str, Any]:
+    """A codec as files have it; the same object each time."""
+    return codec.to_json()
+
+
+def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
+    """The arrays of a packed leaf, in the order of its bytes.
+
+    Raises:
+        ValueError: it is stacked, its codec is not registered or not as files have it, or its order has too many taps.
+        TypeError: it does not hold arrays with values, or they were changed.
+    """
+    if leaf.stack:
+        raise ValueError(
+            f"it is a stack of {math.prod(leaf.stack)} packed leaves of shape {leaf.shape}; save them one by one, or "
+            "decode them before they are stacked (btc_jax.btc_dequantize)"
+        )
+    check_format(leaf.codec, leaf.order, leaf.shape, np.dtype(leaf.dtype))
+    check_registered(leaf.codec)
+    if codec_from_json(codec_json(leaf.codec)) != leaf.codec:
+        raise ValueError(
+            f"its codec {leaf.codec!r} does not come back from its JSON, {canonical(leaf.codec.to_json())}"
+        )
+    parts = [_values(array) for array in (leaf.seal, *_in_order(leaf), *leaf.planes)]
+    _refuse_changes(leaf, parts)
+    return parts
+
+
+def from_bytes(data: np.ndarray, codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:
+    """The packed leaf that these bytes hold.
+
+    Raises:
+        ValueError, TypeError: they do not fit.
+    """
+    check_format(codec, order, shape, dtype)
+    blocks = -(-math.prod(shape) // codec.block_size)
+    # No block is stored in less than a bit, so this also keeps a lie from becoming a large number.
+    if blocks > 8 * data.nbytes:
+        raise ValueError(f"{blocks} blocks cannot be held by {data.nbytes} bytes")
+    bytes_ = _Bytes(data)
+    seal = bytes_.next(SEAL.shape, SEAL.dtype)
+    if not np.array_equal(seal, SEAL):
+        raise ValueError(f"it begins with {seal.tolist()} and not with the seal of a packed leaf, {SEAL.tolist()}")
+    header = {name: bytes_.next(array.shape, array.dtype) for name, array in codec.stored_header(blocks).items()}
+    planes = tuple(bytes_.next(*plane) for plane in _planes(codec, codec.read_widths(header, blocks)))
+    if bytes_.left:
+        raise ValueError(f"it has {bytes_.left} bytes more than the widths of its blocks ask for")
+    return BTCTensor(planes, header, shape, dtype, codec, order, seal)
+
+
+def check_format(codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuses what no packed leaf is.
+
+    Raises:
+        ValueError: the codec is one as it is before packing, or order or dtype cannot be.
+    """
+    if codec.candidates != (codec,) or codec.stored != codec:
+        raise ValueError(f"it has a codec as it is before packing, {codec!r}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"it is packed and of the dtype {dtype}, which is not floating")
+    if order not in ORDERS or math.prod(tap_sizes(shape, order)) > MAX_TAPS:
+        raise ValueError(f"it has the unknown order {str(order)[:30]!r}, or one with more than {MAX_TAPS} taps")
+
+
+def _values(array: Any) -> np.ndarray:
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"it is packed, and holds {str(array)[:60]} ({type(array).__name__}) and not an array of values"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _refuse_changes(leaf: BTCTensor, parts: list[np.ndarray]) -> None:
+    blocks, (seal, *rest) = leaf.num_blocks, parts
+    header = dict(zip(leaf.codec.stored_header(blocks), rest, strict=False))
+    planes = tuple(rest[len(header) :])
+    trouble = changes(leaf) or wrong_rows(planes, leaf.codec, leaf.codec.read_widths(header, blocks))
+    if not trouble and not np.array_equal(seal, SEAL):
+        trouble = f"its seal became {seal.tolist()} from {SEAL.tolist()}"
+    if trouble:
+        raise TypeError(changed_arrays(leaf.shape, trouble))
+
+
+def _in_order(leaf: BTCTensor) -> list[Any]:
+    names = leaf.codec.stored_header(leaf.num_blocks)
+    if not isinstance(leaf.header, dict) or leaf.header.keys() != names.keys():
+        raise TypeError(changed_arrays(leaf.shape, f"its header has {list(leaf.header)}, not {list(names)}"))
+    return [leaf.header[name] for name in names]
+
+
+def _planes(codec: Codec, widths: np.ndarray) -> Iterator[tuple[tuple[int, int], np.dtype]]:
+    """Shape and dtype of each plane that has rows."""
+    for spec in plane_specs(codec.widths):
+        rows, layout = int((widths >= spec.end).sum()), row_layout(codec.block_size, spec.bits)
+        if rows:
+            yield (rows, layout.runs * layout.words), layout.dtype
+
+
+class _Bytes:
+    """Bytes that are taken off the front as arrays: views, which need not be aligned."""
+
+    def __init__(self, data: np.ndarray):
+        self._data, self._position = data, 0
+
+    @property
+    def left(self) -> int:
+        return self._data.nbytes - self._position
+
+    def next(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if nbytes > self.left:
+            raise ValueError(f"it has {self._data.nbytes} bytes, fewer than the widths of its blocks ask for")
+        self._position += nbytes
+        return self._data[self._position - nbytes : self._position].view(dtype).reshape(shape)

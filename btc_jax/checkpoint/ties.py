@@ -1,0 +1,74 @@
+"""One object at several places of a tree: stored once, and one object again when it is loaded."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from btc_jax.checkpoint.errors import BTCFormatError
+from btc_jax.checkpoint.leaves import to_arrays, unsigned
+from btc_jax.checkpoint.manifest import LeafRecord
+from btc_jax.tensor import is_packed
+
+StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
+
+
+def records_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[LeafRecord]:
+    """The records of leaves without their checksums, so that what cannot be saved is refused before any work.
+
+    Raises:
+        TypeError, ValueError: a leaf cannot be stored; the message names it.
+    """
+    return [record or unsigned(path, leaf)[0] for path, leaf, record in _with_ties(paths, leaves)]
+
+
+def stored_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> list[StoredLeaf]:
+    """The records of leaves, with their arrays; those of an object that occurred before are only a name.
+
+    Raises:
+        TypeError, ValueError: a leaf cannot be stored; the message names it.
+    """
+    return [(record, []) if record else to_arrays(path, leaf) for path, leaf, record in _with_ties(paths, leaves)]
+
+
+def check_ties(records: Mapping[str, LeafRecord], what: Any) -> None:
+    """Refuses ties to a leaf that is not there, comes later, or is another.
+
+    Raises:
+        BTCFormatError: there is such a tie.
+    """
+    seen: dict[str, LeafRecord] = {}
+    for path, record in records.items():
+        if record.kind == "tied":
+            first = seen.get(record.details["of"])
+            if first is None or (first.shape, first.dtype) != (record.shape, record.dtype):
+                raise BTCFormatError(f"{what}: leaf {path!r} is tied to {record.details['of'][:60]!r}, which is not it")
+        elif record.kind != "python":
+            seen[path] = record
+
+
+def home(record: LeafRecord) -> str:
+    """The path under which a leaf is stored."""
+    return record.details["of"] if record.kind == "tied" else record.path
+
+
+def shared(records: Mapping[str, LeafRecord]) -> set[str]:
+    """The paths under which more than one leaf is stored."""
+    return {home(record) for record in records.values() if record.kind == "tied"}
+
+
+def _with_ties(paths: Iterable[str], leaves: Iterable[Any]) -> Iterator[tuple[str, Any, LeafRecord | None]]:
+    """Each leaf, with its record if it is the same object as one before."""
+    firsts: dict[int, str] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        first = firsts.setdefault(id(leaf), path) if _has_identity(leaf) else path
+        if first == path:
+            yield path, leaf, None
+        else:
+            dtype = str(leaf.dtype) if isinstance(leaf, jax.Array) else np.dtype(leaf.dtype).name
+            yield path, leaf, LeafRecord(path, "tied", tuple(leaf.shape), dtype, (), {"of": first})
+
+
+def _has_identity(leaf: Any) -> bool:
+    return is_packed(leaf) or isinstance(leaf, jax.Array | np.ndarray)
