@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import singledispatch
 from typing import Any
 
 import typer
@@ -14,18 +14,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from typer.core import TyperGroup
 
+from btc_jax._errors import ArgumentError, LeafError
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
+from btc_jax.policy import NotFloatingError, NothingTakenError
 from btc_jax.report import codec_cell
+from btc_jax.stream.plan import CompressedSourceError
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
-_IN_SHELL = (
-    (r"Name the leaves in a policy.*", "Name leaves with --rule '*weight=64', or lower --min-size"),
-    (r"Rule\('(.*?)', None\)", r"--rule '\1=dense'"),
-    (r"^(bits|size|rmse|sqnr)(_db)? (of|is) ", r"--\1 \3 "),
-    (r"it is no compressed checkpoint$", "it is no compressed checkpoint; `btc quantize` makes one"),
-)
-"""What messages for programmers are at a prompt."""
+_OPTIONS = {"sqnr_db": "sqnr"}
+"""Options that have another name than their argument."""
 
 
 class OneLineErrors(TyperGroup):
@@ -128,10 +127,48 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename} does not exist; check the path"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
-    for python, shell in _IN_SHELL:
-        text = re.sub(python, shell, text)
-    return text
+    return _at_a_prompt(error) or type(error).__name__
+
+
+@singledispatch
+def _at_a_prompt(error: Exception) -> str:
+    """What an error says to somebody who has commands and options, not functions and arguments."""
+    return str(error)
+
+
+@_at_a_prompt.register
+def _(error: KeyError) -> str:
+    return str(error.args[0]) if error.args else ""
+
+
+@_at_a_prompt.register
+def _(error: ArgumentError) -> str:
+    return f"--{_OPTIONS.get(error.name, error.name).replace('_', '-')} {error.problem}"
+
+
+@_at_a_prompt.register
+def _(error: LeafError) -> str:
+    return f"{error}: --rule '{error.path}=dense'"
+
+
+@_at_a_prompt.register
+def _(error: NotFloatingError) -> str:
+    return f"{error.problem}; narrow the pattern, or put --rule '{error.path}=dense' before it"
+
+
+@_at_a_prompt.register
+def _(error: NothingTakenError) -> str:
+    return f"{error.problem}; name leaves with --rule '*weight=64', or lower --min-size"
+
+
+@_at_a_prompt.register
+def _(error: BTCNotCompressedError) -> str:
+    return f"{error.problem}; `btc quantize` makes one"
+
+
+@_at_a_prompt.register
+def _(error: CompressedSourceError) -> str:
+    return f"{error.problem}; `btc restore` makes it dense again"
 
 
 def plain(text: str) -> str:

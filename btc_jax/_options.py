@@ -152,10 +152,7 @@ def takes_how(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shard_bytes(text: str) -> int:
     """The argument of `--max-shard-bytes`."""
-    try:
-        return int(nbytes_of(text))
-    except ValueError as error:
-        raise ValueError(str(error).replace("size", "--max-shard-bytes", 1)) from error
+    return int(nbytes_of(text, "max_shard_bytes"))
 
 
 def _rule(text: str, codec: Codec) -> Rule:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from btc_jax._errors import LeafError
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
 from btc_jax.blocks import axes, inverse, join, split, tap_sizes, transformed
@@ -40,7 +41,7 @@ def pack(
     rows, widths, header, finite, counts = _encode(leaf, _number(slope), codec, order)
     finite, counts = bool(finite), tuple(counts.tolist())
     if not finite:
-        raise ValueError(f"{path}: {what_does_not_fit(leaf, codec)}")
+        raise LeafError(path, what_does_not_fit(leaf, codec))
     planes = [
         _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
         for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)

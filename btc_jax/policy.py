@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from btc_jax._errors import Remedied
 from btc_jax._typing import Order
 from btc_jax.blocks import ORDERS
 from btc_jax.codecs import Codec, Uniform
@@ -24,6 +25,22 @@ _KINDS = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
 class BTCPolicyError(ValueError):
     """A policy does not fit the tree it is applied to."""
+
+
+class NotFloatingError(Remedied, BTCPolicyError):
+    """A rule asks to quantize a leaf that is not floating.
+
+    Attributes:
+        path: the leaf.
+    """
+
+    def __init__(self, problem: str, remedy: str, path: str = ""):
+        super().__init__(problem, remedy)
+        self.path = path
+
+
+class NothingTakenError(Remedied, BTCPolicyError):
+    """A policy leaves all leaves dense."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +194,10 @@ class Policy:
         rule = self.rules[number - 1] if number else Rule("*", self.codec, self.order)
         obstacle = leaf.note or _not_floating(leaf)
         if number and rule.codec and obstacle and not leaf.note:
-            raise BTCPolicyError(
-                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}; "
-                f"narrow the pattern, or put Rule({leaf.path!r}, None) before it"
+            raise NotFloatingError(
+                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}",
+                f"narrow the pattern, or put Rule({leaf.path!r}, None) before it",
+                leaf.path,
             )
         if not number:
             obstacle = obstacle or self._not_by_default(leaf)

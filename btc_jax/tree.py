@@ -17,7 +17,7 @@ from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
 from btc_jax.codecs import Codec, Multilevel, Uniform
-from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule
+from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, NothingTakenError, Policy, Rule
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
@@ -223,7 +223,7 @@ def _spec(path: str, leaf: Any) -> LeafSpec:
     if is_packed(leaf):
         return LeafSpec(path, leaf.shape, leaf.dtype, "already quantized")
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return LeafSpec(path, leaf.shape, leaf.dtype)
+        return LeafSpec(path, leaf.shape, leaf.dtype, getattr(leaf, "note", ""))
     return LeafSpec(path, (), None)
 
 
@@ -264,7 +264,7 @@ def refuse_nothing_to_do(leaves: list[Any], decisions: list[Decision]) -> None:
         return
     reasons = Counter(decision.reason for decision in decisions)
     listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-    raise BTCPolicyError(
-        f"no leaf is taken: all {len(leaves)} stay dense ({listed}; {decisions[0].path!r} for one). "
-        "Name the leaves in a policy, for example Policy(names=('*',), min_size=0); btc_plan shows each reason"
+    raise NothingTakenError(
+        f"no leaf is taken: all {len(leaves)} stay dense ({listed}; {decisions[0].path!r} for one)",
+        "name the leaves in a policy, for example Policy(names=('*',), min_size=0); btc_plan shows each reason",
     )

@@ -140,8 +140,12 @@ class TestQuantize:
 
     @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
     def test_what_is_no_size(self, text):
-        with pytest.raises(ValueError, match=r"--max-shard-bytes is .*500MB"):
+        with pytest.raises(ValueError, match=r"max_shard_bytes is .*500MB"):
             _options.shard_bytes(text)
+
+    def test_what_is_no_size_at_a_prompt(self, source, tmp_path):
+        line = refused("quantize", source, tmp_path / "x.safetensors", "--max-shard-bytes", "12QB")
+        assert line.startswith("btc: --max-shard-bytes is '12QB'")
 
 
 class TestTargets:

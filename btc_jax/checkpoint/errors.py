@@ -3,9 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from btc_jax._errors import Remedied
+
 
 class BTCFormatError(ValueError):
     """A file is not a compressed checkpoint that this version can read."""
+
+
+class BTCNotCompressedError(Remedied, BTCFormatError):
+    """A file is something else than a compressed checkpoint."""
+
+    def __init__(self, problem: str, remedy: str = "btc_jax.save and btc_jax.compress_file write one"):
+        super().__init__(problem, remedy)
 
 
 class BTCIntegrityError(BTCFormatError):

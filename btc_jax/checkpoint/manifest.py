@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, refusing
+from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError, refusing
 from btc_jax.checkpoint.files import crc32c
 
 FORMAT = "btc_jax"
@@ -158,7 +158,7 @@ def open_signed(metadata: Any, what: str) -> Any:
         BTCIntegrityError: its checksum is wrong.
     """
     if not isinstance(metadata, dict) or not isinstance(metadata.get(FORMAT), str):
-        raise BTCFormatError(f"{what} has no btc_jax manifest; it is no compressed checkpoint")
+        raise BTCNotCompressedError(f"{what} has no btc_jax manifest, so it is not a compressed checkpoint")
     text = metadata[FORMAT]
     try:
         stored = crc32c(text.encode())

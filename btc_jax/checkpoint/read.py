@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, refusing
+from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError, refusing
 from btc_jax.checkpoint.files import crc32c, read_at
 from btc_jax.checkpoint.leaves import from_arrays
 from btc_jax.checkpoint.manifest import MAX_HEADER, LeafRecord, Manifest, Tensor, open_signed, parse_header, parse_json
@@ -31,7 +31,7 @@ class _File:
 
     def __init__(self, path: Path):
         if path.exists() and not path.is_file():
-            raise BTCFormatError(f"{path} is a folder, or no file of bytes; name a file")
+            raise BTCNotCompressedError(f"{path} is a folder or a device, not a file of a compressed checkpoint")
         self.path = path
         self.handle = os.open(path, os.O_RDONLY)
         try:
@@ -47,9 +47,9 @@ class _File:
             raise BTCFormatError(f"{self.path} has {size} bytes; it is no checkpoint, or truncated")
         length = int.from_bytes(read_at(self.handle, 0, 8, str(self.path)).tobytes(), "little")
         if length > min(size - 8, MAX_HEADER):
-            raise BTCFormatError(
+            raise BTCNotCompressedError(
                 f"{self.path} claims a header of {length:,} bytes; the file has {size:,} bytes and headers at most "
-                f"{MAX_HEADER:,}; it is no compressed checkpoint, truncated or damaged"
+                f"{MAX_HEADER:,}; it is not a compressed checkpoint, or it is truncated or damaged"
             )
         header = read_at(self.handle, 8, length, str(self.path)).tobytes()
         self.start = 8 + length

@@ -93,7 +93,7 @@ def compress_file(
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = nested(opened.leaves), policy_of(opened, codec, policy, goal)
+        tree, policy = nested(opened), policy_of(opened, codec, policy, goal)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)
