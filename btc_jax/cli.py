@@ -198,7 +198,8 @@ def diff(
 def restore(file: File, target: Target, force: Force = False, as_json: AsJson = False):
     """Decodes a compressed checkpoint into plain safetensors.
 
-    The names and dtypes are the original ones.
+    The names and dtypes are the original ones. What safetensors cannot hold so is
+    written in another way or left out, and listed.
 
     \b
     btc restore small.safetensors plain.safetensors
@@ -207,8 +208,12 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
     with open_checkpoint(file) as checkpoint:
         total = sum(dense_nbytes(record.shape, record.dtype) for record in checkpoint.records.values())
     with progress("restoring", total) as on_leaf:
-        size = restore_file(file, target, on_leaf=on_leaf)
-    show(as_json, {"target": str(target), "bytes": size}, f"{target}: {size:,} bytes")
+        done = restore_file(file, target, on_leaf=on_leaf)
+    odd = [f"{path}: {change}" for path, change in done.changed.items()]
+    odd += [f"{path}: {what}, left out" for path, what in done.left_out.items()]
+    document = {"target": str(target), "leaves": done.leaves, "bytes": done.nbytes}
+    document |= {"changed": done.changed, "left_out": done.left_out}
+    show(as_json, document, *odd, f"{target}: {done.leaves} leaves, {done.nbytes:,} bytes")
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:

@@ -98,7 +98,7 @@ def _refuse_folder(folder: Path) -> NoReturn:
     inside = sorted({str(path.relative_to(folder)) for path in _readable_inside(folder)})
     if inside:
         listed = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")
-        raise ValueError(f"{folder} holds {len(inside)} checkpoints that can be opened, each by itself: {listed}")
+        raise ValueError(f"{folder} is not a checkpoint itself; open what is in it: {listed}")
     refuse(*kinds.in_folder(folder))
     raise ValueError(f"{folder} is a folder of an unknown kind; give {KINDS}")
 

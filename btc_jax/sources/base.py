@@ -153,9 +153,9 @@ def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> S
     if dtype.hasobject:
         raise ValueError(f"{file}: {path!r} holds Python objects, not numbers; leave it out, or save it as numbers")
     numbers = dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.number)
-    if numbers and dtype.char not in "gG":  # long doubles, which each machine has in another form
+    if numbers and dtype.type not in (np.longdouble, np.clongdouble):  # those differ from machine to machine
         return SourceLeaf(path, shape, dtype)
-    name = str(dtype) if dtype.names or dtype.kind != "V" else f"V{dtype.itemsize}: its dtype was lost"
+    name = str(dtype) if dtype.names or dtype.kind != "V" else f"V{dtype.itemsize} (dtype lost in .npz)"
     return bytes_leaf(path, math.prod(shape) * dtype.itemsize, Origin(name, shape))
 
 

@@ -15,6 +15,7 @@ from btc_jax.checkpoint.write import SUFFIX, index_text
 from btc_jax.codecs import Codec
 from btc_jax.planes import plane_specs, row_layout
 from btc_jax.policy import Decision
+from btc_jax.sources import Origin
 
 _CHECKSUM = "0" * 8
 _LONGEST = -1.2345678901234567e-100
@@ -41,7 +42,7 @@ def container_nbytes(
 def _record(leaf: Any, how: Decision) -> LeafRecord:
     """A record that is at least as long as the one that will be written."""
     if how.codec is None:
-        return _long(how, "dense", leaf, (Tensor(how.path, CODES[leaf.dtype.name], leaf.shape, _CHECKSUM),), {})
+        return _long(how, "dense", leaf, (_dense(how.path, leaf),), origin_json(getattr(leaf, "origin", None)))
     codec = max(how.codec.candidates, key=lambda codec: len(plane_specs(codec.widths)))
     order = (with_taps(leaf.shape, how.order) if how.free else None) or how.order
     error = dict.fromkeys(("rmse", "relative_rmse", "sqnr_db", "largest_error"), _LONGEST)
@@ -51,6 +52,17 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
 
 def _long(how: Decision, kind: str, leaf: Any, tensors: tuple[Tensor, ...], details: dict[str, Any]) -> LeafRecord:
     return LeafRecord(how.path, kind, tuple(leaf.shape), leaf.dtype.name, tensors, details)
+
+
+def origin_json(origin: Origin | None) -> dict[str, Any]:
+    """What the record of a leaf adds that is stored as its bytes."""
+    return {"origin": [origin.dtype, origin.shape]} if origin else {}
+
+
+def _dense(path: str, leaf: Any) -> Tensor:
+    if leaf.dtype.name in CODES:
+        return Tensor(path, CODES[leaf.dtype.name], leaf.shape, _CHECKSUM)
+    return Tensor(path, "U8", (*leaf.shape, leaf.dtype.itemsize), _CHECKSUM)
 
 
 def _tensors(path: str, codec: Codec, weights: int) -> list[Tensor]:
