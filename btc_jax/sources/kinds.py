@@ -89,7 +89,9 @@ _SUFFIXES = {
     **{".keras": KERAS, ".gguf": GGUF, ".ggml": GGUF, ".onnx": ONNX, ".pb": TENSORFLOW, ".tflite": TFLITE},
     **{".npy": NPY, ".eqx": EQUINOX, ".index": TENSORFLOW},
 }
-_NAMES = dict.fromkeys(("_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt"), PART_OF_ORBAX)
+_NAMES: dict[str, Foreign] = dict.fromkeys(
+    ("_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt"), PART_OF_ORBAX
+)
 
 
 def by_content(file: Path) -> Foreign | None:
