@@ -127,46 +127,46 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename} does not exist; check the path"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return _at_a_prompt(error) or type(error).__name__
+    return at_a_prompt(error) or type(error).__name__
 
 
 @singledispatch
-def _at_a_prompt(error: Exception) -> str:
+def at_a_prompt(error: Exception) -> str:
     """What an error says to somebody who has commands and options, not functions and arguments."""
     return str(error)
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: KeyError) -> str:
     return str(error.args[0]) if error.args else ""
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: ArgumentError) -> str:
     return f"--{_OPTIONS.get(error.name, error.name).replace('_', '-')} {error.problem}"
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: LeafError) -> str:
     return f"{error}: --rule '{error.path}=dense'"
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: NotFloatingError) -> str:
     return f"{error.problem}; narrow the pattern, or put --rule '{error.path}=dense' before it"
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: NothingTakenError) -> str:
     return f"{error.problem}; name leaves with --rule '*weight=64', or lower --min-size"
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: BTCNotCompressedError) -> str:
     return f"{error.problem}; `btc quantize` makes one"
 
 
-@_at_a_prompt.register
+@at_a_prompt.register
 def _(error: CompressedSourceError) -> str:
     return f"{error.problem}; `btc restore` makes it dense again"
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from btc_jax import __version__
-from btc_jax._console import OneLineErrors, diff_row, inspect_row, plain, progress, show
+from btc_jax._console import OneLineErrors, at_a_prompt, diff_row, inspect_row, plain, progress, show
 from btc_jax._options import How, shard_bytes, takes_how
 from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
 from btc_jax.checkpoint import verify as verify_checkpoint
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.checkpoint.write import SUFFIX, index_of
 from btc_jax.compare import compare, dense_nbytes, open_side
 from btc_jax.report import comparison_table, plan_table
@@ -19,6 +20,7 @@ from btc_jax.stream import compress_file, plan_file, restore_file
 
 _EXIT = "Exit codes: {}, 2 wrong usage, file or pattern, 130 interrupted."
 _DONE = _EXIT.format("0 done")
+_FROM_A_COPY = "get it from a copy, or make it again"
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -149,7 +151,7 @@ def inspect(file: File, as_json: AsJson = False):
     show(as_json, document, lambda: comparison_table(map(inspect_row, leaves), file.name), text)
 
 
-@app.command(epilog=_EXIT.format("0 whole, 1 damaged or no compressed checkpoint"))
+@app.command(epilog=_EXIT.format("0 whole, 1 damaged or not a compressed checkpoint"))
 def verify(file: File, as_json: AsJson = False) -> int:
     """Compares all of a compressed checkpoint with its checksums.
 
@@ -160,11 +162,12 @@ def verify(file: File, as_json: AsJson = False) -> int:
     """
     try:
         found = verify_checkpoint(file)
+        state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "all whole"
     except BTCFormatError as error:
         if file.is_dir():
             raise
-        found = Verification(0, 0, (str(error),))  # its header is damaged
-    state = f"{len(found.damaged)} damaged; get it from a copy, or make it again" if found.damaged else "all whole"
+        found = Verification(0, 0, (at_a_prompt(error),))
+        state = "nothing to verify" if isinstance(error, BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
     text = f"{file}: {found.leaves} leaves, {found.nbytes:,} bytes, {state}"
     show(as_json, {"file": str(file), "ok": found.ok, **dataclasses.asdict(found)}, *found.damaged, text)
     return 0 if found.ok else 1
@@ -222,7 +225,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     if origin in (real, index_of(real), *real.parents):
         raise ValueError(f"{target} would be written over or into {source}; name another file")
     if real.exists() and not real.is_file():
-        raise ValueError(f"{target} is no regular file; name a file")
+        raise ValueError(f"{target} is not a regular file; name a file")
     if not real.parent.is_dir():
         raise ValueError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     if not force and (real.exists() or index_of(real).exists()):

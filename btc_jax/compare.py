@@ -179,8 +179,8 @@ def _error(a: np.ndarray, b: np.ndarray) -> tuple[Error, bool]:
         x, y = (np.reshape(values, -1)[i : i + _CHUNK] for values in (a, b))
         if a.dtype != b.dtype:
             x, y = x.astype(wide), y.astype(wide)
-        equal = (x == y) | ((x != x) & (y != y))
         with np.errstate(invalid="ignore", over="ignore"):
+            equal = (x == y) | ((x != x) & (y != y))
             w, e = np.abs(x.astype(wide)), np.abs(x.astype(wide) - y.astype(wide))
             w, e = np.where(np.isfinite(w), w, 0), np.where(equal, 0, np.where(np.isfinite(e), e, np.inf))
             total += Error(float(np.square(w).sum()), float(np.square(e).sum()), float(e.max()))

@@ -346,6 +346,21 @@ class TestRestore:
         assert "--force" in refused("restore", small, target)
         assert btc("restore", small, target, "-f")[0] == 0
 
+    def test_says_what_safetensors_cannot_hold(self, tmp_path):
+        btc_jax.save(tmp_path / "x.btc", {"key": jax.random.key(0), "name": "net", "w": jnp.ones(3), "n": 1})
+        code, out, err = btc("restore", tmp_path / "x.btc", tmp_path / "y")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[:-1] == [
+            "key: key<fry> as uint32[2]",
+            "n: Python int as int64[]",
+            "name: Python str, left out",
+        ]
+        found = as_json("restore", "-f", tmp_path / "x.btc", tmp_path / "y")
+        assert (found["leaves"], found["bytes"]) == (3, (tmp_path / "y").stat().st_size)
+        assert found["left_out"] == {"name": "Python str"}
+        assert list(found["changed"]) == ["key", "n"]
+        assert set(load_file(tmp_path / "y")) == {"key", "w", "n"}
+
     def test_refuses_damage(self, small, tmp_path):
         file = damaged(small, tmp_path / "x.btc")
         assert "damaged" in refused("restore", file, tmp_path / "plain.safetensors")
@@ -419,6 +434,33 @@ class TestOneLine:
         assert "`btc quantize` makes one" in refused("inspect", source)
         assert "`btc quantize` makes one" in refused("restore", source, tmp_path / "x")
 
+    def test_verify_of_another_file(self, source, tmp_path):
+        code, out, err = btc("verify", source)
+        assert (code, err, out.count("\n")) == (1, "", 2)
+        assert "`btc quantize` makes one" in out
+        assert "damaged" not in out
+
+    def test_a_compressed_source(self, small, tmp_path):
+        for command in (("plan",), ("quantize", tmp_path / "x")):
+            assert "`btc restore`" in refused(command[0], small, *command[1:])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_foreign_source(self, tmp_path):
+        (tmp_path / "m.bin").write_bytes(b"\x80\x04}.")
+        for command in (("plan",), ("diff", tmp_path / "m.bin"), ("quantize", tmp_path / "x")):
+            line = refused(command[0], tmp_path / "m.bin", *command[1:])
+            assert "m.bin is a PyTorch file" in line
+            assert "Flax" not in line
+
+    def test_a_packed_tree_of_orbax(self, small, tmp_path):
+        ocp = pytest.importorskip("orbax.checkpoint")
+        from btc_jax.orbax import BTCCheckpointHandler, BTCSave
+
+        with ocp.Checkpointer(BTCCheckpointHandler()) as writer:
+            writer.save(tmp_path / "x", args=BTCSave(btc_jax.load(small)))
+        assert "`btc restore`" in refused("plan", tmp_path / "x")
+        assert "btc_jax.orbax" in refused("diff", small, tmp_path / "x")
+
     def test_a_damaged_checkpoint_is_not_taken_for_a_dense_one(self, small, tmp_path):
         (tmp_path / "x.btc").write_bytes(small.read_bytes()[:-1])
         assert "truncated" in refused("diff", tmp_path / "x.btc", small)
@@ -439,12 +481,17 @@ class TestOneLine:
             assert not list(tmp_path.iterdir())
 
     def test_nothing_to_quantize(self, source, tmp_path):
-        assert "--rule" in refused("quantize", source, tmp_path / "x", "--rule", "*=dense")
+        line = refused("quantize", source, tmp_path / "x", "--rule", "*=dense")
+        assert "--rule '*weight=64'" in line
+        assert "Policy(" not in line
         assert not list(tmp_path.iterdir())
 
     def test_weights_that_are_not_finite(self, tmp_path):
         save_file({"weight": np.full((64, 64), np.nan, np.float32)}, tmp_path / "x.safetensors")
-        assert "4096 of 4096 weights are NaN" in refused("quantize", tmp_path / "x.safetensors", tmp_path / "y")
+        for target in ((), ("--bits", 4)):
+            line = refused("quantize", tmp_path / "x.safetensors", tmp_path / "y", *target)
+            assert "4096 of 4096 weights are NaN" in line
+            assert line.endswith(": --rule 'weight=dense'\n")
 
     @pytest.mark.parametrize(
         ("error", "line"),

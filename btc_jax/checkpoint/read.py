@@ -44,7 +44,9 @@ class _File:
     def _read_manifest(self) -> Manifest:
         size = os.fstat(self.handle).st_size
         if size < 8:
-            raise BTCFormatError(f"{self.path} has {size} bytes; it is no checkpoint, or truncated")
+            raise BTCNotCompressedError(
+                f"{self.path} has {size} bytes; it is not a compressed checkpoint, or it is truncated"
+            )
         length = int.from_bytes(read_at(self.handle, 0, 8, str(self.path)).tobytes(), "little")
         if length > min(size - 8, MAX_HEADER):
             raise BTCNotCompressedError(

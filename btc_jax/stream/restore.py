@@ -125,7 +125,7 @@ def _from_bytes(record: LeafRecord, read: Callable[[], np.ndarray]) -> _Entry:
             entry = _Entry(code, tuple(shape), read)
             if entry.nbytes == record.nbytes:
                 return entry
-        case [str(what), _]:
+        case [str(what), _] if what not in PACKED:
             return _Entry("U8", record.shape, read, _change(what, "uint8", record.shape))
     raise BTCFormatError(f"leaf {record.path!r} of {record.nbytes} bytes has a malformed origin")
 
