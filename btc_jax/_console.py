@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from typer.core import TyperGroup
 
-from btc_jax._errors import ArgumentError, LeafError
+from btc_jax._errors import ArgumentError, ConflictingArgumentsError, LeafError
 from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
@@ -136,6 +136,10 @@ def at_a_prompt(error: Exception) -> str:
     return str(error)
 
 
+def _option(argument: str) -> str:
+    return f"--{_OPTIONS.get(argument, argument).replace('_', '-')}"
+
+
 @at_a_prompt.register
 def _(error: KeyError) -> str:
     return str(error.args[0]) if error.args else ""
@@ -143,7 +147,12 @@ def _(error: KeyError) -> str:
 
 @at_a_prompt.register
 def _(error: ArgumentError) -> str:
-    return f"--{_OPTIONS.get(error.name, error.name).replace('_', '-')} {error.problem}"
+    return f"{_option(error.name)} {error.problem}"
+
+
+@at_a_prompt.register
+def _(error: ConflictingArgumentsError) -> str:
+    return f"{' and '.join(f'{_option(name)} {value}' for name, value in error.given.items())} {error.problem}"
 
 
 @at_a_prompt.register

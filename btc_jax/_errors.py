@@ -1,5 +1,7 @@
 """Errors in parts. Their texts are for programmers; a command line says the same parts in its own words."""
 
+from typing import Any
+
 
 class ArgumentError(ValueError):
     """An argument has a value that cannot be.
@@ -19,6 +21,22 @@ class ArgumentError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.name} {self.problem}"
+
+
+class ConflictingArgumentsError(ValueError):
+    """Arguments are given that exclude each other.
+
+    Attributes:
+        given: their values by name.
+        problem: the rest of the sentence.
+    """
+
+    def __init__(self, given: dict[str, Any], problem: str):
+        super().__init__(given, problem)
+        self.given, self.problem = given, problem
+
+    def __str__(self) -> str:
+        return f"{' and '.join(f'{name}={value!r}' for name, value in self.given.items())} {self.problem}"
 
 
 class LeafError(ValueError):

@@ -382,7 +382,7 @@ def wrong_options():
     yield "'float16' or 'float32'", ("--header-dtype", "f16")
     yield "--block-size", ("--blok-size", "3")
     yield "--threshold 'x' is no number, 'inf' or 'auto'", ("--threshold", "x")
-    yield "bits=4.0 and size='9KB' are given", ("--bits", "4", "--size", "9KB")
+    yield "btc: --bits 4.0 and --sqnr 9.0 are given", ("--bits", "4", "--sqnr", "9")
     yield "btc: --bits is nan", ("--bits", "nan")
     yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
     yield "btc plan --help", ("--bits", "x")

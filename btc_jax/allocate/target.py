@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from btc_jax._errors import ArgumentError
+from btc_jax._errors import ArgumentError, ConflictingArgumentsError
 from btc_jax.codecs import Codec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -37,8 +37,7 @@ def target_of(
     given = {"bits": bits, "size": size, "rmse": rmse, "sqnr_db": sqnr_db}
     given = {kind: value for kind, value in given.items() if value is not None}
     if len(given) > 1:
-        listed = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
-        raise ValueError(f"{listed} are given; one target decides the others: give one")
+        raise ConflictingArgumentsError(given, "are given; one target decides the others: give one")
     for kind, value in given.items():
         number = nbytes_of(value) if kind == "size" else _number(kind, value)
         if not 0 < number < math.inf:
