@@ -39,7 +39,7 @@ class OneLineErrors(TyperGroup):
         except typer.Exit as done:
             code = done.exit_code
         except KeyboardInterrupt:
-            again = "goes on where it stopped" if "quantize" in args[:1] else "starts it again"
+            again = "resumes where it stopped" if "quantize" in args[:1] else "starts it again"
             code = _fail(f"interrupted; the same command {again}", 130)
         except BrokenPipeError:
             code = _nobody_reads()
@@ -91,6 +91,9 @@ def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
     stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]
+    match leaf["origin"]:
+        case [str(what), _]:
+            stored = f"bytes of {what}"
     row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
     row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
     if isinstance(error, dict):

@@ -236,7 +236,7 @@ def _described(record: LeafRecord) -> dict[str, Any]:
     packed, weights = record.kind == "packed", math.prod(record.shape)
     return {
         **{"path": record.path, "kind": record.kind, "shape": record.shape, "dtype": record.dtype, "weights": weights},
-        **{name: record.details.get(name) for name in ("codec", "order", "error")},
+        **{name: record.details.get(name) for name in ("codec", "order", "error", "origin")},
         "effective_bits": 8 * record.nbytes / weights if weights else None,
         "bytes_before": dense_nbytes(record.shape, record.dtype) if packed else record.nbytes,
         "bytes": record.nbytes,

@@ -114,7 +114,7 @@ class Comparison:
 
 
 def dense_nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a dense leaf; 0 for what is no array of numbers."""
+    """Bytes of a dense leaf; 0 for what is not an array of numbers."""
     try:
         return math.prod(shape) * jnp.dtype(dtype).itemsize
     except TypeError:

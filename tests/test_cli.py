@@ -381,7 +381,7 @@ def wrong_options():
     yield "0 or more", ("--threshold", "nan")
     yield "'float16' or 'float32'", ("--header-dtype", "f16")
     yield "--block-size", ("--blok-size", "3")
-    yield "--threshold 'x' is no number, 'inf' or 'auto'", ("--threshold", "x")
+    yield "--threshold 'x' is not a number, 'inf' or 'auto'", ("--threshold", "x")
     yield "btc: --bits 4.0 and --sqnr 9.0 are given", ("--bits", "4", "--sqnr", "9")
     yield "btc: --bits is nan", ("--bits", "nan")
     yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
@@ -399,12 +399,12 @@ def wrong_options():
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
     yield "--balance is for a target", ("--balance", "1")
     yield "balance is 3.0", ("--balance", "3", "--bits", "4")
-    yield "--width '9' is no width of 0 to 8 bits", ("--width", "9", "--bits", "4")
-    yield "--width 'all' is no width", ("--width", "all", "--codec", "multilevel")
+    yield "--width '9' is not 'leaf', nor a width", ("--width", "9", "--bits", "4")
+    yield "--width 'all' is not 'leaf'", ("--width", "all", "--codec", "multilevel")
     yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")
     yield "block_size is 8; it can be 16 to 256", ("--block-size", "8", "--bits", "4")
     yield "--rule 'head*=weight:2' is for a target", ("--rule", "head*=weight:2")
-    yield "weight 'much' is no number", ("--rule", "head*=weight:much", "--bits", "4")
+    yield "weight 'much' is not a number", ("--rule", "head*=weight:much", "--bits", "4")
     yield "weight is -1.0; it must be a positive number", ("--rule", "head*=weight:-1", "--bits", "4")
     yield "bits of 0.1 cannot be reached", ("--bits", "0.1", "--measure")
     yield "btc: --bits of 9 cannot be reached", ("--bits", "9", "--measure")
@@ -515,7 +515,7 @@ class TestOneLine:
     def test_interrupts(self, source, small, tmp_path, monkeypatch):
         monkeypatch.setattr(cli, "compress_file", fails_with(KeyboardInterrupt()))
         monkeypatch.setattr(cli, "open_checkpoint", fails_with(KeyboardInterrupt()))
-        assert "goes on where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
+        assert "resumes where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
         assert "starts it again" in refused("inspect", small, code=130)
 
     def test_a_reader_that_leaves(self, small, monkeypatch):
@@ -579,7 +579,7 @@ class TestProcess:
         os.kill(run.pid, signal.SIGINT)
         out, err = run.communicate()
         assert (run.returncode, out) == (130, "")
-        assert err == "btc: interrupted; the same command goes on where it stopped\n"
+        assert err == "btc: interrupted; the same command resumes where it stopped\n"
         done = as_json("quantize", tmp_path / "x.safetensors", tmp_path / "y.btc")
         assert 3 <= done["resumed"] < 300
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "y.btc"]

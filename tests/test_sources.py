@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import sys
@@ -287,9 +288,20 @@ class TestNpz:
             assert source.leaves[1] == SourceLeaf("b", (2, 2), np.dtype("f8"))
         assert bytes_read() - start < 40_000
 
-    def test_pickles_are_refused(self, tmp_path):
-        np.savez(tmp_path / "x.npz", leaf=np.array([{}], object))
-        refused(tmp_path / "x.npz", "leaf", "pickled")
+    def test_pickles_are_not_opened(self, tmp_path):
+        np.savez(tmp_path / "x.npz", odd=np.array([Unpickled()], object), weight=np.ones(2))
+        with open_source(tmp_path / "x.npz") as source:
+            assert source.leaves[0].origin == Origin("pickled", (1,))
+            opcodes = [opcode.name for opcode, _, _ in pickletools.genops(source.read("odd").tobytes())]
+            assert (opcodes[0], opcodes[-1]) == ("PROTO", "STOP")
+            assert source.read("weight").tolist() == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("values", "what"), [(np.array([{}], object), "pickled"), (np.ones(3, jnp.bfloat16), "V2")]
+    )
+    def test_nothing_but_what_is_not_numbers(self, tmp_path, values, what):
+        np.savez(tmp_path / "x.npz", leaf=values)
+        refused(tmp_path / "x.npz", "leaf", what, "safetensors.flax.save_file")
 
     @pytest.mark.parametrize(
         ("values", "what"),

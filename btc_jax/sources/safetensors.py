@@ -76,7 +76,7 @@ def open_index(index: Path) -> Source:
         if name in ("", "..") or name != Path(name).name or "\\" in name:
             raise ValueError(f"{index} names the file {name!r}, but only plain names in its own folder are followed")
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {name!r}, which is missing; put it beside the index")
+            raise FileNotFoundError(f"{index} names {name!r}, which is missing; put it next to the index")
         refuse(file, kinds.by_content(file))
     source = SafetensorsSource(index, list(shards.values()))
     for path, name in shard_of.items():

@@ -55,7 +55,7 @@ class OrbaxSource(Source):
         self._handler: Any = orbax.checkpoint.PyTreeCheckpointHandler()
         with readable(self.file, "is a damaged Orbax checkpoint"):
             paths, self._found, self._tree = flat(self._handler.metadata(self.file.absolute()).tree)
-        self.compressed = (self.file / f"{FORMAT}.json").is_file()  # beside the arrays that btc_jax.orbax packed
+        self.compressed = (self.file / f"{FORMAT}.json").is_file()  # next to the arrays, if btc_jax.orbax packed them
         if all(path.endswith("/value") for path in paths):
             paths = [path.removesuffix("/value") for path in paths]  # an NNX state, each variable a folder of one
         return [self._describe(path, leaf) for path, leaf in zip(paths, self._found, strict=True)]
@@ -64,7 +64,7 @@ class OrbaxSource(Source):
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is not None and dtype is not None:
             return leaf_of(self.file, path, shape, np.dtype(dtype))
-        return _describe(self.file, path, self._restored(leaf, path))  # a text, of which Orbax knows no size
+        return _describe(self.file, path, self._restored(leaf, path))  # text: Orbax does not tell its size
 
     @property
     def files(self) -> Sequence[Path]:

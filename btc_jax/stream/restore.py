@@ -110,7 +110,7 @@ def _entry(checkpoint: Checkpoint, record: LeafRecord) -> _Entry | None:
 
 
 def _small(record: LeafRecord, leaf: Any) -> _Entry | None:
-    """What is not an array: PRNG keys, and what Python has, of which text and very large numbers cannot be written."""
+    """What is not an array: PRNG keys and Python values. Text and numbers beyond 64 bits cannot be written."""
     if isinstance(leaf, str) or (isinstance(leaf, int) and not -(2**63) <= leaf < 2**63):
         return None
     values = np.asarray(jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else leaf)
