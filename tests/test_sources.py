@@ -311,6 +311,10 @@ class TestNpz:
             (np.array([b"a", b"bc"]), "|S2"),
             (np.array([(1, 2.5)], [("a", "i4"), ("b", "f8")]), "[('a', '<i4'), ('b', '<f8')]"),
             (np.array(["2020-01-01"], "M8[D]"), "datetime64[D]"),
+            (
+                np.zeros(2, [(f"field{i}", "i4") for i in range(9)]),
+                str(np.dtype([(f"field{i}", "i4") for i in range(9)]))[:64],
+            ),
             (np.zeros((0, 3), "V5"), "V5 (dtype lost in .npz)"),
         ],
     )

@@ -316,7 +316,7 @@ def test_text_and_lost_dtypes_do_not_keep_a_source_from_being_read(tmp_path):
     assert restored["text"].view("<U3") == "net"
 
 
-@pytest.mark.parametrize("origin", [["F4", [64]], ["F4", "8"], ["F4", [True]], "F4", [], None, 3])
+@pytest.mark.parametrize("origin", [["F4", [64]], ["F4", []], ["F6_E2M3", [8]]], ids=str)
 def test_a_record_that_lies_about_its_origin_is_refused(tmp_path, monkeypatch, origin):
     plain_file(tmp_path / "m.safetensors", {"a": ("F4", [8], bytes(4)), "weight": ("F32", [64, 64], bytes(2**14))})
     monkeypatch.setattr(compress_module, "origin_json", lambda real: {"origin": origin} if real else {})

@@ -38,6 +38,7 @@ PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 MAX_HEADER = 100_000_000  # bytes: the cap of safetensors itself
 MAX_PARTS = 2_000_000  # of a JSON header, some 300,000 tensors: parsed, 100 MB of small parts would be gigabytes
+MAX_NAME = 64  # letters of the name of a dtype; those of structures can be long
 AGAIN = "save or download it again"
 KINDS = (
     "a .safetensors file, a Hugging Face folder of them or its *.safetensors.index.json, an .npz file, "
@@ -156,7 +157,7 @@ def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> S
     if numbers and dtype.type not in (np.longdouble, np.clongdouble):  # those differ from machine to machine
         return SourceLeaf(path, shape, dtype)
     name = str(dtype) if dtype.names or dtype.kind != "V" else f"V{dtype.itemsize} (dtype lost in .npz)"
-    return bytes_leaf(path, math.prod(shape) * dtype.itemsize, Origin(name, shape))
+    return bytes_leaf(path, math.prod(shape) * dtype.itemsize, Origin(name[:MAX_NAME], shape))
 
 
 def bytes_leaf(path: str, nbytes: int, origin: Origin) -> SourceLeaf:

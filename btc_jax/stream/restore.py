@@ -97,6 +97,8 @@ class _Entry(NamedTuple):
 
 def _entry(checkpoint: Checkpoint, record: LeafRecord) -> _Entry | None:
     """How a leaf is written; `None` if it cannot be."""
+    if record.kind == "tied":  # the same object as an earlier leaf
+        record = checkpoint.records[record.details["of"]]
     if record.kind in ("python", "key"):
         return _small(record, checkpoint.read(record.path))
     if "origin" in record.details:
