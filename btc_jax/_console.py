@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -143,6 +144,12 @@ def _option(argument: str) -> str:
     return f"--{_OPTIONS.get(argument, argument).replace('_', '-')}"
 
 
+def _dense(path: str) -> str:
+    """The option that leaves just this leaf dense, quoted for a shell."""
+    pattern = f"re:{re.escape(path)}" if any(letter in path for letter in "*?[") else path
+    return "--rule '" + pattern.replace("'", "'\"'\"'") + "=dense'"
+
+
 @at_a_prompt.register
 def _(error: KeyError) -> str:
     return str(error.args[0]) if error.args else ""
@@ -160,12 +167,12 @@ def _(error: ConflictingArgumentsError) -> str:
 
 @at_a_prompt.register
 def _(error: LeafError) -> str:
-    return f"{error}: --rule '{error.path}=dense'"
+    return f"{error}; {_dense(error.path)} leaves it dense"
 
 
 @at_a_prompt.register
 def _(error: NotFloatingError) -> str:
-    return f"{error.problem}; narrow the pattern, or put --rule '{error.path}=dense' before it"
+    return f"{error.problem}; narrow the pattern, or put {_dense(error.path)} before it"
 
 
 @at_a_prompt.register

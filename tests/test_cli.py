@@ -1,6 +1,8 @@
 import json
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -446,7 +448,7 @@ class TestOneLine:
         assert not list(tmp_path.iterdir())
 
     def test_a_foreign_source(self, tmp_path):
-        (tmp_path / "m.bin").write_bytes(b"\x80\x04}.")
+        (tmp_path / "m.bin").write_bytes(pickle.dumps({"a": 1}))
         for command in (("plan",), ("diff", tmp_path / "m.bin"), ("quantize", tmp_path / "x")):
             line = refused(command[0], tmp_path / "m.bin", *command[1:])
             assert "m.bin is a PyTorch file" in line
@@ -491,7 +493,16 @@ class TestOneLine:
         for target in ((), ("--bits", 4)):
             line = refused("quantize", tmp_path / "x.safetensors", tmp_path / "y", *target)
             assert "4096 of 4096 weights are NaN" in line
-            assert line.endswith(": --rule 'weight=dense'\n")
+            assert line.endswith("; --rule 'weight=dense' leaves it dense\n")
+
+    def test_a_rule_that_is_proposed_can_be_used(self, tmp_path):
+        source, name = tmp_path / "x.safetensors", "it's [0]*.weight"
+        save_file({name: np.full((64, 64), np.nan, np.float32), "a.weight": weights(64, 64)}, source)
+        line = refused("quantize", source, tmp_path / "y")
+        proposed = re.search(r"--rule '.*=dense'", line)
+        assert proposed
+        done = as_json("quantize", source, tmp_path / "y", *shlex.split(proposed[0]))
+        assert (done["packed"], done["leaves"]) == (1, 2)
 
     @pytest.mark.parametrize(
         ("error", "line"),

@@ -49,7 +49,7 @@ def _open_file(file: Path) -> Source:
     if not file.is_file():
         raise ValueError(f"{file} {unknown()}")
     refuse(file, kinds.by_content(file))
-    reader = _READERS.get(file.suffix) or _READERS.get(_suffix_by_content(file))
+    reader = _READERS.get(file.suffix.lower()) or _READERS.get(_suffix_by_content(file))
     if not reader:
         refuse(file, kinds.by_name(file))
         reader = _READERS.get(_suffix_of_msgpack(file))
