@@ -19,7 +19,7 @@ from btc_jax._errors import ArgumentError, ConflictingArgumentsError, LeafError
 from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
-from btc_jax.policy import NotFloatingError, NothingTakenError
+from btc_jax.policy import NotFloatingError, NothingPackedError
 from btc_jax.report import codec_cell
 from btc_jax.stream.plan import CompressedSourceError
 
@@ -176,7 +176,7 @@ def _(error: NotFloatingError) -> str:
 
 
 @at_a_prompt.register
-def _(error: NothingTakenError) -> str:
+def _(error: NothingPackedError) -> str:
     return f"{error.problem}; name leaves with --rule '*weight=64', or lower --min-size"
 
 

@@ -39,7 +39,7 @@ class NotFloatingError(Remedied, BTCPolicyError):
         self.path = path
 
 
-class NothingTakenError(Remedied, BTCPolicyError):
+class NothingPackedError(Remedied, BTCPolicyError):
     """A policy leaves all leaves dense."""
 
 

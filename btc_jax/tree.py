@@ -17,7 +17,7 @@ from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
 from btc_jax.codecs import Codec, Multilevel, Uniform
-from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, NothingTakenError, Policy, Rule
+from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, NothingPackedError, Policy, Rule
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
@@ -264,7 +264,7 @@ def refuse_nothing_to_do(leaves: list[Any], decisions: list[Decision]) -> None:
         return
     reasons = Counter(decision.reason for decision in decisions)
     listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-    raise NothingTakenError(
+    raise NothingPackedError(
         f"no leaf is taken: all {len(leaves)} stay dense ({listed}; {decisions[0].path!r} for one)",
         "name the leaves in a policy, for example Policy(names=('*',), min_size=0); btc_plan shows each reason",
     )
