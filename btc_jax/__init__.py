@@ -64,6 +64,7 @@ from btc_jax.search import SearchStatus as SearchStatus
 from btc_jax.search import Trial as Trial
 from btc_jax.search import btc_search as btc_search
 from btc_jax.stream import Compressed as Compressed
+from btc_jax.stream import Restored as Restored
 from btc_jax.stream import compress_file as compress_file
 from btc_jax.stream import plan_file as plan_file
 from btc_jax.stream import restore_file as restore_file

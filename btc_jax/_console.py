@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import singledispatch
 from typing import Any
 
 import typer
@@ -14,21 +15,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from typer.core import TyperGroup
 
+from btc_jax._errors import ArgumentError, ConflictingArgumentsError, LeafError
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.compare import Difference
 from btc_jax.metrics import jsonable
+from btc_jax.policy import NotFloatingError, NothingPackedError
 from btc_jax.report import codec_cell
+from btc_jax.stream.plan import CompressedSourceError
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
-_IN_SHELL = (
-    (r"Policy\(min_size=0\)", "--min-size 0"),
-    (r"pass what is under '.*?' as a tree of its own, or add ", "add "),
-    (r"Rule\('(.*?)', None\)", r"--rule '\1=dense'"),
-    (r"Rule\('(.*?)'\)( in a policy)?", r"--rule '\1=packed'"),
-    (r"btc_plan shows", "`btc plan` shows"),
-    (r"^(bits|size|rmse|sqnr)(_db)? (of|is) ", r"--\1 \3 "),
-    (r"it is no compressed checkpoint$", "it is no compressed checkpoint; `btc quantize` makes one"),
-)
-"""What messages for programmers are at a prompt."""
+_OPTIONS = {"sqnr_db": "sqnr"}
+"""Options that have another name than their argument."""
 
 
 class OneLineErrors(TyperGroup):
@@ -43,7 +40,7 @@ class OneLineErrors(TyperGroup):
         except typer.Exit as done:
             code = done.exit_code
         except KeyboardInterrupt:
-            again = "goes on where it stopped" if "quantize" in args[:1] else "starts it again"
+            again = "resumes where it stopped" if "quantize" in args[:1] else "starts it again"
             code = _fail(f"interrupted; the same command {again}", 130)
         except BrokenPipeError:
             code = _nobody_reads()
@@ -95,6 +92,9 @@ def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
     stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]
+    match leaf["origin"]:
+        case [str(what), _]:
+            stored = f"bytes of {what}"
     row = {"leaf": leaf["path"], "shape": " x ".join(map(str, leaf["shape"])) or "scalar", "dtype": leaf["dtype"]}
     row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
     if isinstance(error, dict):
@@ -131,10 +131,65 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename} does not exist; check the path"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error) or type(error).__name__
-    for python, shell in _IN_SHELL:
-        text = re.sub(python, shell, text)
-    return text
+    return at_a_prompt(error) or type(error).__name__
+
+
+@singledispatch
+def at_a_prompt(error: Exception) -> str:
+    """What an error says to somebody who has commands and options, not functions and arguments."""
+    return str(error)
+
+
+def _option(argument: str) -> str:
+    return f"--{_OPTIONS.get(argument, argument).replace('_', '-')}"
+
+
+def _dense(path: str) -> str:
+    """The option that leaves just this leaf dense, quoted for a shell."""
+    pattern = f"re:{re.escape(path)}" if any(letter in path for letter in "*?[") else path
+    return "--rule '" + pattern.replace("'", "'\"'\"'") + "=dense'"
+
+
+@at_a_prompt.register
+def _(error: KeyError) -> str:
+    return str(error.args[0]) if error.args else ""
+
+
+@at_a_prompt.register
+def _(error: ArgumentError) -> str:
+    return f"{_option(error.name)} {error.problem}"
+
+
+@at_a_prompt.register
+def _(error: ConflictingArgumentsError) -> str:
+    return f"{' and '.join(f'{_option(name)} {value}' for name, value in error.given.items())} {error.problem}"
+
+
+@at_a_prompt.register
+def _(error: LeafError) -> str:
+    return f"{error}; {_dense(error.path)} leaves it dense"
+
+
+@at_a_prompt.register
+def _(error: NotFloatingError) -> str:
+    return f"{error.problem}; narrow the pattern, or put {_dense(error.path)} before it"
+
+
+@at_a_prompt.register
+def _(error: NothingPackedError) -> str:
+    small, rule = error.reason == "too small", f"--rule '{error.pattern}=packed' packs such a leaf all the same"
+    way = "--min-size 0 packs small leaves as well" if small else rule if error.pattern else "name another file"
+    return f"{error.problem}; {way}; `btc plan` shows each reason"
+
+
+@at_a_prompt.register
+def _(error: BTCNotCompressedError) -> str:
+    return f"{error.problem}; `btc quantize` makes one"
+
+
+@at_a_prompt.register
+def _(error: CompressedSourceError) -> str:
+    return f"{error.problem}; `btc restore` makes it dense again"
 
 
 def plain(text: str) -> str:

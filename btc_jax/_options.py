@@ -150,10 +150,7 @@ def takes_how(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shard_bytes(text: str) -> int:
     """The argument of `--max-shard-bytes`."""
-    try:
-        return int(nbytes_of(text))
-    except ValueError as error:
-        raise ValueError(str(error).replace("size", "--max-shard-bytes", 1)) from error
+    return int(nbytes_of(text, "max_shard_bytes"))
 
 
 def _rule(text: str, codec: Codec) -> Rule:
@@ -179,7 +176,7 @@ def _threshold(text: str) -> float | str:
 
 def _width(text: str) -> int | str:
     if text not in ("leaf", *map(str, range(9))):
-        raise ValueError(f"--width {text!r} is no width of 0 to 8 bits, and not 'leaf'")
+        raise ValueError(f"--width {text!r} is not 'leaf', nor a width of 0 to 8 bits")
     return text if text == "leaf" else int(text)
 
 
@@ -196,7 +193,7 @@ def _number(what: str, text: str, others: str = "") -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{what} {text!r} is no number{others}") from None
+        raise ValueError(f"{what} {text!r} is not a number{others}") from None
 
 
 def _dashed(option: str) -> str:

@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from btc_jax._leaf_kinds import split_path
 from btc_jax._training_state import REASONS
-from btc_jax.policy import BTCPolicyError, Decision
+from btc_jax.policy import Decision, NothingPackedError
 from btc_jax.tensor import is_packed
 
 _WEIGHTS = ("too small", "not in names", *REASONS)
@@ -38,9 +38,11 @@ def refuse_nothing_to_do(leaves: Sequence[Any], decisions: Sequence[Decision]) -
     reasons = Counter(decision.reason for decision in decisions)
     listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
     largest = max(zip(leaves, decisions, strict=True), key=lambda pair: _promise(*pair))[1]
-    raise BTCPolicyError(
-        f"no leaf is packed: all {len(leaves)} stay dense ({listed}; {largest.path!r} for one). {_remedy(largest)}; "
-        "btc_plan shows each reason"
+    raise NothingPackedError(
+        f"no leaf is packed: all {len(leaves)} stay dense ({listed}; {largest.path!r} for one)",
+        f"{_remedy(largest)}; btc_plan shows each reason",
+        largest.reason,
+        _pattern(largest),
     )
 
 
@@ -52,18 +54,26 @@ def _promise(leaf: Any, how: Decision) -> tuple[int, int]:
 
 def _remedy(how: Decision) -> str:
     if how.reason in _UNALTERABLE:
-        return "None of them holds floating weights: pass the parameters of a model"
+        return "none of them holds floating weights: pass the parameters of a model"
     if how.reason in REASONS:
-        first, last = how.path[: len(split_path(how.path)[0])], split_path(how.path)[-1]
+        first = how.path[: len(split_path(how.path)[0])]
         return (
-            f"If these are the weights to pack, pass what is under {first!r} as a tree of its own, or add "
-            f"Rule({f'{first}*{last}'!r})"
+            f"if these are the weights to pack, pass what is under {first!r} as a tree of its own, or add "
+            f"Rule({_pattern(how)!r})"
         )
     if how.reason == "too small":
         return "Policy(min_size=0) packs small leaves as well"
     if how.reason == "not in names":
         return "Policy(names=None) packs all weight matrices, whatever their names"
     return f"Rule({how.path!r}) in a policy packs such a leaf all the same"
+
+
+def _pattern(how: Decision) -> str:
+    """Of a rule that packs the leaf, and those like it if it is one of many; empty if no rule can."""
+    if how.reason in _UNALTERABLE:
+        return ""
+    first, last = how.path[: len(split_path(how.path)[0])], split_path(how.path)[-1]
+    return f"{first}*{last}" if how.reason in REASONS else how.path
 
 
 def refuse_other_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from fnmatch import translate
 from numbers import Real
 from typing import Any, Literal
 
+from btc_jax._errors import Remedied
 from btc_jax._typing import Order
 from btc_jax.blocks import ORDERS
 from btc_jax.codecs import Codec
@@ -16,6 +17,31 @@ from btc_jax.codecs import Codec
 
 class BTCPolicyError(ValueError):
     """A policy does not fit the tree it is applied to."""
+
+
+class NotFloatingError(Remedied, BTCPolicyError):
+    """A rule asks to quantize a leaf that is not floating.
+
+    Attributes:
+        path: the leaf.
+    """
+
+    def __init__(self, problem: str, remedy: str, path: str = ""):
+        super().__init__(problem, remedy)
+        self.path = path
+
+
+class NothingPackedError(Remedied, BTCPolicyError):
+    """A policy leaves all leaves dense.
+
+    Attributes:
+        reason: why the leaf that somebody most likely wanted to be packed is not.
+        pattern: of a rule that packs it and those like it.
+    """
+
+    def __init__(self, problem: str, remedy: str, reason: str = "", pattern: str = ""):
+        super().__init__(problem, remedy)
+        self.reason, self.pattern = reason, pattern
 
 
 @dataclasses.dataclass(frozen=True)

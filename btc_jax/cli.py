@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from btc_jax import __version__
-from btc_jax._console import OneLineErrors, diff_row, inspect_row, plain, progress, show
+from btc_jax._console import OneLineErrors, at_a_prompt, diff_row, inspect_row, plain, progress, show
 from btc_jax._options import How, shard_bytes, takes_how
 from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
 from btc_jax.checkpoint import verify as verify_checkpoint
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.checkpoint.write import SUFFIX, index_of
 from btc_jax.compare import compare, dense_nbytes, open_side
 from btc_jax.report import comparison_table, plan_table
@@ -19,6 +20,7 @@ from btc_jax.stream import compress_file, plan_file, restore_file
 
 _EXIT = "Exit codes: {}, 2 wrong usage, file or pattern, 130 interrupted."
 _DONE = _EXIT.format("0 done")
+_FROM_A_COPY = "get it from a copy, or make it again"
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -152,7 +154,7 @@ def inspect(file: File, as_json: AsJson = False):
     show(as_json, document, lambda: comparison_table(map(inspect_row, leaves), file.name), text)
 
 
-@app.command(epilog=_EXIT.format("0 whole, 1 damaged or no compressed checkpoint"))
+@app.command(epilog=_EXIT.format("0 whole, 1 damaged or not a compressed checkpoint"))
 def verify(file: File, as_json: AsJson = False) -> int:
     """Compares all of a compressed checkpoint with its checksums.
 
@@ -163,11 +165,12 @@ def verify(file: File, as_json: AsJson = False) -> int:
     """
     try:
         found = verify_checkpoint(file)
+        state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "all whole"
     except BTCFormatError as error:
         if file.is_dir():
             raise
-        found = Verification(0, 0, (str(error),))  # its header is damaged
-    state = f"{len(found.damaged)} damaged; get it from a copy, or make it again" if found.damaged else "all whole"
+        found = Verification(0, 0, (at_a_prompt(error),))
+        state = "nothing to verify" if isinstance(error, BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
     text = f"{file}: {found.leaves} leaves, {found.nbytes:,} bytes, {state}"
     show(as_json, {"file": str(file), "ok": found.ok, **dataclasses.asdict(found)}, *found.damaged, text)
     return 0 if found.ok else 1
@@ -201,7 +204,8 @@ def diff(
 def restore(file: File, target: Target, force: Force = False, as_json: AsJson = False):
     """Decodes a compressed checkpoint into plain safetensors.
 
-    The names and dtypes are the original ones.
+    The names and dtypes are the original ones. What safetensors cannot hold so is
+    written in another way or left out, and listed.
 
     \b
     btc restore small.safetensors plain.safetensors
@@ -210,8 +214,12 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
     with open_checkpoint(file) as checkpoint:
         total = sum(dense_nbytes(record.shape, record.dtype) for record in checkpoint.records.values())
     with progress("restoring", total) as on_leaf:
-        size = restore_file(file, target, on_leaf=on_leaf)
-    show(as_json, {"target": str(target), "bytes": size}, f"{target}: {size:,} bytes")
+        done = restore_file(file, target, on_leaf=on_leaf)
+    odd = [f"{path}: {change}" for path, change in done.changed.items()]
+    odd += [f"{path}: {what}, left out" for path, what in done.left_out.items()]
+    document = {"target": str(target), "leaves": done.leaves, "bytes": done.nbytes}
+    document |= {"changed": done.changed, "left_out": done.left_out}
+    show(as_json, document, *odd, f"{target}: {done.leaves} leaves, {done.nbytes:,} bytes")
 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
@@ -220,7 +228,7 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
     if origin in (real, index_of(real), *real.parents):
         raise ValueError(f"{target} would be written over or into {source}; name another file")
     if real.exists() and not real.is_file():
-        raise ValueError(f"{target} is no regular file; name a file")
+        raise ValueError(f"{target} is not a regular file; name a file")
     if not real.parent.is_dir():
         raise ValueError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     if not force and (real.exists() or index_of(real).exists()):
@@ -231,7 +239,7 @@ def _described(record: LeafRecord) -> dict[str, Any]:
     packed, weights = record.kind == "packed", math.prod(record.shape)
     return {
         **{"path": record.path, "kind": record.kind, "shape": record.shape, "dtype": record.dtype, "weights": weights},
-        **{name: record.details.get(name) for name in ("codec", "order", "error")},
+        **{name: record.details.get(name) for name in ("codec", "order", "error", "origin")},
         "effective_bits": 8 * record.nbytes / weights if weights else None,
         "bytes_before": dense_nbytes(record.shape, record.dtype) if packed else record.nbytes,
         "bytes": record.nbytes,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from btc_jax._errors import LeafError
 from btc_jax._mesh import automatic, gathered, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
@@ -50,7 +51,7 @@ def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike
     rows, widths, header, fits, counts = _encode(leaf, _number(slope), codec, order)
     fits, counts = bool(fits), tuple(counts.tolist())
     if not fits:
-        raise ValueError(f"{path}: {what_does_not_fit(leaf, codec)}")
+        raise LeafError(path, what_does_not_fit(leaf, codec))
     planes = [
         _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
         for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax.checkpoint import BTCFormatError, Checkpoint, open_checkpoint
+from btc_jax.checkpoint import Checkpoint, open_checkpoint
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.metrics import Error, Measures, Storage, jsonable
 from btc_jax.sources import Source, open_source
 from btc_jax.tensor import is_packed
@@ -58,13 +59,15 @@ def open_side(path: str | os.PathLike[str]) -> Side:
         FileNotFoundError: there is nothing at `path`.
         ValueError: it is neither, or damaged.
     """
-    try:
+    with suppress(BTCNotCompressedError):
         return Side(open_checkpoint(path))
-    except BTCFormatError as error:
-        # What has a manifest of ours and cannot be read is damaged, and not something else.
-        if not Path(path).is_dir() and "no compressed checkpoint" not in str(error):
-            raise
-    return Side(open_source(path))
+    source = open_source(path)
+    if source.compressed:
+        raise ValueError(
+            f"{path} is a compressed tree in an Orbax checkpoint; restore it in Python with btc_jax.orbax, and compare "
+            "what btc_jax.save writes"
+        )
+    return Side(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Comparison:
 
 
 def dense_nbytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of a dense leaf; 0 for what is no array of numbers."""
+    """Bytes of a dense leaf; 0 for what is not an array of numbers."""
     try:
         return math.prod(shape) * jnp.dtype(dtype).itemsize
     except TypeError:
@@ -176,8 +179,8 @@ def _error(a: np.ndarray, b: np.ndarray) -> tuple[Error, bool]:
         x, y = (np.reshape(values, -1)[i : i + _CHUNK] for values in (a, b))
         if a.dtype != b.dtype:
             x, y = x.astype(wide), y.astype(wide)
-        equal = (x == y) | ((x != x) & (y != y))
         with np.errstate(invalid="ignore", over="ignore"):
+            equal = (x == y) | ((x != x) & (y != y))
             w, e = np.abs(x.astype(wide)), np.abs(x.astype(wide) - y.astype(wide))
             w, e = np.where(np.isfinite(w), w, 0), np.where(equal, 0, np.where(np.isfinite(e), e, np.inf))
             total += Error(float(np.square(w).sum()), float(np.square(e).sum()), float(e.max()))

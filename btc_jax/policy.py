@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from btc_jax import _training_state
 from btc_jax._leaf_kinds import collection_of, kind_of, order_of, split_path
 from btc_jax._rules import BTCPolicyError as BTCPolicyError
+from btc_jax._rules import NotFloatingError as NotFloatingError
+from btc_jax._rules import NothingPackedError as NothingPackedError
 from btc_jax._rules import Rule as Rule
 from btc_jax._rules import check_order, first_matches, is_number
 from btc_jax._typing import Order
@@ -148,9 +150,10 @@ class Policy:
         codec = (self.codec or implied_codec(False)) if rule.codec == "default" else rule.codec
         obstacle = leaf.note or _not_floating(leaf)
         if number and codec and obstacle and not leaf.note:
-            raise BTCPolicyError(
-                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}; "
-                f"narrow the pattern, or put Rule({leaf.path!r}, None) before it"
+            raise NotFloatingError(
+                f"rule {number} ({rule.pattern!r}) asks to quantize {leaf.path}, which is {_kind(leaf)}",
+                f"narrow the pattern, or put Rule({leaf.path!r}, None) before it",
+                leaf.path,
             )
         obstacle = obstacle or ("empty" if 0 in leaf.shape else "")
         if not number:

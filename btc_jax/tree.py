@@ -231,7 +231,7 @@ def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     if is_packed(leaf):
         return LeafSpec(path, leaf.shape, leaf.dtype, "already quantized", training)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return LeafSpec(path, leaf.shape, leaf.dtype, "", training)
+        return LeafSpec(path, leaf.shape, leaf.dtype, getattr(leaf, "note", ""), training)
     return LeafSpec(path, (), None, "", training)
 
 

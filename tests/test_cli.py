@@ -1,7 +1,9 @@
 import json
 import math
 import os
+import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -173,8 +175,12 @@ class TestQuantize:
 
     @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
     def test_what_is_no_size(self, text):
-        with pytest.raises(ValueError, match=r"--max-shard-bytes is .*500MB"):
+        with pytest.raises(ValueError, match=r"max_shard_bytes is .*500MB"):
             _options.shard_bytes(text)
+
+    def test_what_is_no_size_at_a_prompt(self, source, tmp_path):
+        line = refused("quantize", source, tmp_path / "x.safetensors", "--max-shard-bytes", "12QB")
+        assert line.startswith("btc: --max-shard-bytes is '12QB'")
 
 
 class TestTargets:
@@ -375,6 +381,21 @@ class TestRestore:
         assert "--force" in refused("restore", small, target)
         assert btc("restore", small, target, "-f")[0] == 0
 
+    def test_says_what_safetensors_cannot_hold(self, tmp_path):
+        btc_jax.save(tmp_path / "x.btc", {"key": jax.random.key(0), "name": "net", "w": jnp.ones(3), "n": 1})
+        code, out, err = btc("restore", tmp_path / "x.btc", tmp_path / "y")
+        assert (code, err) == (0, "")
+        assert out.splitlines()[:-1] == [
+            "key: key<fry> as uint32[2]",
+            "n: Python int as int64[]",
+            "name: Python str, left out",
+        ]
+        found = as_json("restore", "-f", tmp_path / "x.btc", tmp_path / "y")
+        assert (found["leaves"], found["bytes"]) == (3, (tmp_path / "y").stat().st_size)
+        assert found["left_out"] == {"name": "Python str"}
+        assert list(found["changed"]) == ["key", "n"]
+        assert set(load_file(tmp_path / "y")) == {"key", "w", "n"}
+
     def test_refuses_damage(self, small, tmp_path):
         file = damaged(small, tmp_path / "x.btc")
         assert "damaged" in refused("restore", file, tmp_path / "plain.safetensors")
@@ -395,8 +416,8 @@ def wrong_options():
     yield "0 or more", ("--threshold", "nan")
     yield "'float16' or 'float32'", ("--header-dtype", "f16")
     yield "--block-size", ("--blok-size", "3")
-    yield "--threshold 'x' is no number, 'inf' or 'auto'", ("--threshold", "x")
-    yield "bits=4.0 and size='9KB' are given", ("--bits", "4", "--size", "9KB")
+    yield "--threshold 'x' is not a number, 'inf' or 'auto'", ("--threshold", "x")
+    yield "btc: --bits 4.0 and --sqnr 9.0 are given", ("--bits", "4", "--sqnr", "9")
     yield "btc: --bits is nan", ("--bits", "nan")
     yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
     yield "btc plan --help", ("--bits", "x")
@@ -413,12 +434,12 @@ def wrong_options():
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
     yield "--balance is for a target", ("--balance", "1")
     yield "balance is 3.0", ("--balance", "3", "--bits", "4")
-    yield "--width '9' is no width of 0 to 8 bits", ("--width", "9", "--bits", "4")
-    yield "--width 'all' is no width", ("--width", "all", "--codec", "multilevel")
+    yield "--width '9' is not 'leaf', nor a width", ("--width", "9", "--bits", "4")
+    yield "--width 'all' is not 'leaf'", ("--width", "all", "--codec", "multilevel")
     yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")
     yield "block_size is 8; it can be 16 to 256", ("--block-size", "8", "--bits", "4")
     yield "--rule 'head*=weight:2' is for a target", ("--rule", "head*=weight:2")
-    yield "weight 'much' is no number", ("--rule", "head*=weight:much", "--bits", "4")
+    yield "weight 'much' is not a number", ("--rule", "head*=weight:much", "--bits", "4")
     yield "weight is -1.0; it must be a positive number", ("--rule", "head*=weight:-1", "--bits", "4")
     yield "bits of 0.1 cannot be reached", ("--bits", "0.1", "--measure")
     yield "btc: --bits of 9 cannot be reached", ("--bits", "9", "--measure")
@@ -448,6 +469,33 @@ class TestOneLine:
         assert "`btc quantize` makes one" in refused("inspect", source)
         assert "`btc quantize` makes one" in refused("restore", source, tmp_path / "x")
 
+    def test_verify_of_another_file(self, source, tmp_path):
+        code, out, err = btc("verify", source)
+        assert (code, err, out.count("\n")) == (1, "", 2)
+        assert "`btc quantize` makes one" in out
+        assert "damaged" not in out
+
+    def test_a_compressed_source(self, small, tmp_path):
+        for command in (("plan",), ("quantize", tmp_path / "x")):
+            assert "`btc restore`" in refused(command[0], small, *command[1:])
+        assert not list(tmp_path.iterdir())
+
+    def test_a_foreign_source(self, tmp_path):
+        (tmp_path / "m.bin").write_bytes(pickle.dumps({"a": 1}))
+        for command in (("plan",), ("diff", tmp_path / "m.bin"), ("quantize", tmp_path / "x")):
+            line = refused(command[0], tmp_path / "m.bin", *command[1:])
+            assert "m.bin is a PyTorch file" in line
+            assert "Flax" not in line
+
+    def test_a_packed_tree_of_orbax(self, small, tmp_path):
+        ocp = pytest.importorskip("orbax.checkpoint")
+        from btc_jax.orbax import BTCCheckpointHandler, BTCSave
+
+        with ocp.Checkpointer(BTCCheckpointHandler()) as writer:
+            writer.save(tmp_path / "x", args=BTCSave(btc_jax.load(small)))
+        assert "`btc restore`" in refused("plan", tmp_path / "x")
+        assert "btc_jax.orbax" in refused("diff", small, tmp_path / "x")
+
     def test_a_damaged_checkpoint_is_not_taken_for_a_dense_one(self, small, tmp_path):
         (tmp_path / "x.btc").write_bytes(small.read_bytes()[:-1])
         assert "truncated" in refused("diff", tmp_path / "x.btc", small)
@@ -468,12 +516,26 @@ class TestOneLine:
             assert not list(tmp_path.iterdir())
 
     def test_nothing_to_quantize(self, source, tmp_path):
-        assert "--rule" in refused("quantize", source, tmp_path / "x", "--rule", "*=dense")
+        line = refused("quantize", source, tmp_path / "x", "--rule", "*=dense")
+        assert "--rule '" in line
+        assert not re.search(r"Policy\(|Rule\(|btc_plan", line)
         assert not list(tmp_path.iterdir())
 
     def test_weights_that_are_not_finite(self, tmp_path):
         save_file({"weight": np.full((64, 64), np.nan, np.float32)}, tmp_path / "x.safetensors")
-        assert "4096 of 4096 weights are NaN" in refused("quantize", tmp_path / "x.safetensors", tmp_path / "y")
+        for target in ((), ("--bits", 4)):
+            line = refused("quantize", tmp_path / "x.safetensors", tmp_path / "y", *target)
+            assert "4096 of 4096 weights are NaN" in line
+            assert line.endswith("; --rule 'weight=dense' leaves it dense\n")
+
+    def test_a_rule_that_is_proposed_can_be_used(self, tmp_path):
+        source, name = tmp_path / "x.safetensors", "it's [0]*.weight"
+        save_file({name: np.full((64, 64), np.nan, np.float32), "a.weight": weights(64, 64)}, source)
+        line = refused("quantize", source, tmp_path / "y")
+        proposed = re.search(r"--rule '.*=dense'", line)
+        assert proposed
+        done = as_json("quantize", source, tmp_path / "y", *shlex.split(proposed[0]))
+        assert (done["packed"], done["leaves"]) == (1, 2)
 
     @pytest.mark.parametrize(
         ("error", "line"),
@@ -497,7 +559,7 @@ class TestOneLine:
     def test_interrupts(self, source, small, tmp_path, monkeypatch):
         monkeypatch.setattr(cli, "compress_file", fails_with(KeyboardInterrupt()))
         monkeypatch.setattr(cli, "open_checkpoint", fails_with(KeyboardInterrupt()))
-        assert "goes on where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
+        assert "resumes where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
         assert "starts it again" in refused("inspect", small, code=130)
 
     def test_a_reader_that_leaves(self, small, monkeypatch):
@@ -561,7 +623,7 @@ class TestProcess:
         os.kill(run.pid, signal.SIGINT)
         out, err = run.communicate()
         assert (run.returncode, out) == (130, "")
-        assert err == "btc: interrupted; the same command goes on where it stopped\n"
+        assert err == "btc: interrupted; the same command resumes where it stopped\n"
         done = as_json("quantize", tmp_path / "x.safetensors", tmp_path / "y.btc")
         assert 3 <= done["resumed"] < 300
         assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors", "y.btc"]

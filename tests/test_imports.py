@@ -7,6 +7,7 @@ import btc_jax
 ROOMS = [
     *(
         "_typing",
+        "_errors",
         "_xla",
         "_paths",
         "_progress",

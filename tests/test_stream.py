@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import btc_jax
 from btc_jax import BTCPolicyError, Multilevel, Policy, Rule, Uniform, compress_file, plan_file, restore_file
+from btc_jax.compare import compare, open_side
 from btc_jax.sources import SafetensorsSource
+from btc_jax.stream import compress as compress_module
 from btc_jax.stream import plan as plan_module
 
 TORCH = {
@@ -82,9 +85,9 @@ def test_plan_bounds_what_is_done(source, tmp_path):
 
 def test_restore_gives_back_names_shapes_and_dtypes(source, tmp_path):
     compress_file(source, tmp_path / "q.safetensors")
-    size = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     restored, params = load_file(tmp_path / "dense.safetensors"), torch_params()
-    assert size == (tmp_path / "dense.safetensors").stat().st_size
+    assert done == btc_jax.Restored(5, (tmp_path / "dense.safetensors").stat().st_size, {}, {})
     assert {k: (v.shape, v.dtype) for k, v in restored.items()} == {k: (v.shape, v.dtype) for k, v in params.items()}
     assert np.array_equal(restored["conv.bias"], params["conv.bias"])
     np.testing.assert_allclose(restored["conv.weight"], params["conv.weight"], atol=0.02)
@@ -213,9 +216,112 @@ def test_a_policy_without_order_keeps_pytorchs(source):
     assert {row.order for row in plan.rows if row.codec} == {"stored"}
 
 
-def test_a_python_number_cannot_be_restored_to_safetensors(tmp_path):
-    btc_jax.save(tmp_path / "q.safetensors", {"rate": 0.1})
-    with pytest.raises(ValueError, match="rate is float; a safetensors file cannot hold that"):
+class Model(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear, self.dropout = nnx.Linear(64, 64, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+
+def test_prng_keys_do_not_keep_an_nnx_state_from_being_restored(tmp_path):
+    model = Model(nnx.Rngs(3))
+    state, key = nnx.state(model), model.dropout.rngs.key[...]  # pyright: ignore
+    btc_jax.save(tmp_path / "q.safetensors", btc_jax.btc_quantize(state))
+    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    restored = load_file(tmp_path / "dense.safetensors")
+    assert restored.keys() == {"linear/kernel", "linear/bias", "dropout/rngs/key", "dropout/rngs/count"}
+    assert done.changed == {"dropout/rngs/key": "key<fry> as uint32[2]"}
+    assert done.left_out == {}
+    np.testing.assert_array_equal(restored["dropout/rngs/key"], jax.random.key_data(key))
+
+
+def test_what_is_not_an_array_is_restored_as_one_or_left_out(tmp_path):
+    numbers = {"int": -(2**63), "float": 0.1, "bool": True}
+    others = {"huge": 2**63, "text": "net", "complex": np.array([1 + 2j]), "int4": jnp.arange(3, dtype=jnp.int4)}
+    keys = jax.random.split(jax.random.key(0), (2, 3))
+    btc_jax.save(tmp_path / "q.safetensors", numbers | others | {"keys": keys, "w": jnp.ones(2)})
+    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    restored = load_file(tmp_path / "dense.safetensors")
+    assert {name: restored[name].item() for name in numbers} == numbers
+    assert done.left_out == {"huge": "Python int", "text": "Python str"}
+    assert done.changed == {
+        **{"int": "Python int as int64[]", "float": "Python float as float64[]", "bool": "Python bool as bool[]"},
+        **{"keys": "key<fry> as uint32[2, 3, 2]", "complex": "complex128 as uint8[1, 16]"},
+        "int4": "int4 as uint8[3, 1]",
+    }
+    assert done.leaves == len(restored) == 7
+    np.testing.assert_array_equal(restored["keys"], jax.random.key_data(keys))
+    assert restored["complex"].view(complex).item() == 1 + 2j
+    assert restored["int4"].ravel().tolist() == [0, 1, 2]
+
+
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
+
+
+def plain_file(path, tensors):
+    """Writes a safetensors file of raw tensors: code, shape and bytes by name."""
+    header, data = {}, b""
+    for name, (code, shape, values) in tensors.items():
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def plain_tensors(path):
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:start])
+    for name, entry in tensors.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = (entry["dtype"], entry["shape"], data[start + begin : start + end])
+    return tensors
+
+
+@pytest.mark.parametrize("target", [{}, {"size": "80KB"}], ids=str)
+def test_leaves_of_other_dtypes_come_back_bit_for_bit(tmp_path, target):
+    rng = np.random.default_rng(0)
+    odd = {f"{code}.weight": (code, [64, 64], rng.bytes(64 * 64 * bits // 8)) for code, bits in BITS.items()}
+    kernel = (0.1 * rng.standard_normal((64, 64))).astype(np.float32)
+    plain_file(tmp_path / "m.safetensors", odd | {"w.weight": ("F32", [64, 64], kernel.tobytes())})
+    reasons = {row.path: row.reason for row in plan_file(tmp_path / "m.safetensors").rows}
+    assert reasons == {
+        "F4.weight": "F4",
+        "F6_E2M3.weight": "F6_E2M3",
+        "F6_E3M2.weight": "F6_E3M2",
+        "F8_E8M0.weight": "float8_e8m0fnu",
+        "F8_E4M3FNUZ.weight": "float8_e4m3fnuz",
+        "F8_E5M2FNUZ.weight": "float8_e5m2fnuz",
+        "C64.weight": "complex",
+        "w.weight": "default",
+    }
+    done = compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", **target)
+    assert (done.packed, done.leaves) == (1, 8)
+    assert done.bytes_after == written(tmp_path) <= 80_000
+    assert btc_jax.verify(tmp_path / "q.safetensors").ok
+    restored = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    assert restored.changed == restored.left_out == {}
+    found = plain_tensors(tmp_path / "dense.safetensors")
+    assert {name: found[name] for name in odd} == odd
+    with open_side(tmp_path / "m.safetensors") as a, open_side(tmp_path / "q.safetensors") as b:
+        assert [leaf.path for leaf in compare(a, b).different] == ["w.weight"]
+
+
+def test_text_and_lost_dtypes_do_not_keep_a_source_from_being_read(tmp_path):
+    odd = {"text": np.array("net"), "lost": np.arange(3).astype(jnp.bfloat16)}
+    np.savez(tmp_path / "m.npz", kernel=np.full((64, 64), 0.5, np.float32), **odd)
+    compress_file(tmp_path / "m.npz", tmp_path / "q.safetensors", size="20KB")
+    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    assert done.changed == {"text": "<U3 as uint8[12]", "lost": "V2 (dtype lost in .npz) as uint8[6]"}
+    restored = load_file(tmp_path / "dense.safetensors")
+    assert restored["lost"].view(jnp.bfloat16).tolist() == [0, 1, 2]
+    assert restored["text"].view("<U3") == "net"
+
+
+@pytest.mark.parametrize("origin", [["F4", [64]], ["F4", []], ["F6_E2M3", [8]]], ids=str)
+def test_a_record_that_lies_about_its_origin_is_refused(tmp_path, monkeypatch, origin):
+    plain_file(tmp_path / "m.safetensors", {"a": ("F4", [8], bytes(4)), "weight": ("F32", [64, 64], bytes(2**14))})
+    monkeypatch.setattr(compress_module, "origin_json", lambda real: {"origin": origin} if real else {})
+    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
+    with pytest.raises(btc_jax.BTCFormatError, match="'a' of 4 bytes"):
         restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert not (tmp_path / "dense.safetensors").exists()
 

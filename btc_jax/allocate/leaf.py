@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax import coding
+from btc_jax._errors import LeafError
 from btc_jax._mesh import gathered, off_mesh
 from btc_jax._typing import Array, Order
 from btc_jax.blocks import with_taps
@@ -173,7 +174,7 @@ def _finite_rms(values: Array, path: str) -> float:
     values = jnp.atleast_1d(values)
     largest = float(jnp.abs(values).max(initial=0).astype(jnp.float32))
     if largest > 1e36 or not jnp.isfinite(values).all():
-        raise ValueError(f"{path}: {coding.what_does_not_fit(values)}")
+        raise LeafError(path, coding.what_does_not_fit(values))
     if largest < float(jnp.finfo(jnp.float32).tiny):
         return 0.0
     rows = coding.square_sums(values, largest)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import NoReturn
 
+from btc_jax._errors import ArgumentError
 from btc_jax.allocate.leaf import Choice, Cost, Item, Leaf
 from btc_jax.allocate.target import Target
 
@@ -123,10 +124,8 @@ class _Problem:
     def refuse(self, low: float, high: float) -> NoReturn:
         kind, wanted, _ = self.target
         form = ",.0f" if kind == "size" else ".4g"
-        raise ValueError(
-            f"{kind} of {wanted:{form}} cannot be reached: these leaves and codecs reach from {low:{form}} to "
-            f"{high:{form}}"
-        )
+        reach = f"these leaves and codecs reach from {low:{form}} to {high:{form}}"
+        raise ArgumentError(kind, f"of {wanted:{form}} cannot be reached: {reach}")
 
     def solve(self, whole: bool, near: float | None = None) -> float:
         """The power of two of a slope that meets the target and leaves as little of it unused as can be.

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from btc_jax._errors import ArgumentError, ConflictingArgumentsError
 from btc_jax.codecs import Codec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -36,12 +37,11 @@ def target_of(
     given = {"bits": bits, "size": size, "rmse": rmse, "sqnr_db": sqnr_db}
     given = {kind: value for kind, value in given.items() if value is not None}
     if len(given) > 1:
-        listed = " and ".join(f"{kind}={value!r}" for kind, value in given.items())
-        raise ValueError(f"{listed} are given; one target decides the others: give one")
+        raise ConflictingArgumentsError(given, "are given; one target decides the others: give one")
     for kind, value in given.items():
         number = nbytes_of(value) if kind == "size" else _number(kind, value)
         if not 0 < number < math.inf:
-            raise ValueError(f"{kind} is {value!r}; it must be a positive number")
+            raise ArgumentError(kind, f"is {value!r}; it must be a positive number")
         return Target(kind, number)  # pyright: ignore[reportArgumentType]
     return None
 
@@ -51,11 +51,11 @@ def usual_target(codecs: Sequence[Codec]) -> Target:
     return Target("bits", max(codec.usual_bits for codec in codecs), named=False)
 
 
-def nbytes_of(size: Any) -> float:
-    """Bytes in a size such as `"25MB"`, `"1.5 GiB"` or a number.
+def nbytes_of(size: Any, name: str = "size") -> float:
+    """Bytes in a size such as `"25MB"`, `"1.5 GiB"` or a number, which is the argument `name`.
 
     Raises:
-        ValueError: it is no size of 1 byte or more.
+        ValueError: it is not a size of 1 byte or more.
 
     Example:
         >>> nbytes_of("1.5KiB")
@@ -63,9 +63,9 @@ def nbytes_of(size: Any) -> float:
     """
     match = re.fullmatch(r"(\d{1,15}\.?\d{0,6}) ?([A-Za-z]*)", size, re.ASCII) if isinstance(size, str) else None
     unit = _UNITS.get(match[2].upper(), 0) if match else 0
-    number = float(match[1]) * unit if match else _number("size", size) if not isinstance(size, str) else 0.0
+    number = float(match[1]) * unit if match else _number(name, size) if not isinstance(size, str) else 0.0
     if not number >= 1:
-        raise ValueError(f"size is {size!r}; it must be 1 byte or more, such as '500MB', '2GiB' or 1000000")
+        raise ArgumentError(name, f"is {size!r}; it must be 1 byte or more, such as '500MB', '2GiB' or 1000000")
     return number
 
 
@@ -75,4 +75,4 @@ def _number(kind: str, value: Any) -> float:
             raise TypeError
         return float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{kind} is {value!r}; it must be a number") from None
+        raise ArgumentError(kind, f"is {value!r}; it must be a number") from None

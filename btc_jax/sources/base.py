@@ -18,17 +18,27 @@ import numpy as np
 
 from btc_jax._paths import leaf_path
 from btc_jax._typing import PyTree
+from btc_jax.sources.kinds import Foreign
+
+FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+"""The floating dtypes that weights have. Leaves of others are scales, or have no room for an error: they stay dense."""
 
 DTYPES = {
     **{"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "BOOL": jnp.bool_},
     **{"I64": jnp.int64, "I32": jnp.int32, "I16": jnp.int16, "I8": jnp.int8, "F8_E4M3": jnp.float8_e4m3fn},
     **{"U64": jnp.uint64, "U32": jnp.uint32, "U16": jnp.uint16, "U8": jnp.uint8, "F8_E5M2": jnp.float8_e5m2},
+    **{"C64": jnp.complex64, "F8_E8M0": jnp.float8_e8m0fnu},
+    **{"F8_E4M3FNUZ": jnp.float8_e4m3fnuz, "F8_E5M2FNUZ": jnp.float8_e5m2fnuz},
 }
 DTYPES = {name: np.dtype(kind) for name, kind in DTYPES.items()}
-"""The dtypes that are read, by their safetensors names."""
+"""The dtypes of safetensors that numpy can hold, by their names there."""
+
+PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits of an element of the other ones: several share a byte."""
 
 MAX_HEADER = 100_000_000  # bytes: the cap of safetensors itself
 MAX_PARTS = 2_000_000  # of a JSON header, some 300,000 tensors: parsed, 100 MB of small parts would be gigabytes
+MAX_NAME = 64  # letters of the name of a dtype; those of structures can be long
 AGAIN = "save or download it again"
 KINDS = (
     "a .safetensors file, a Hugging Face folder of them or its *.safetensors.index.json, an .npz file, "
@@ -36,12 +46,33 @@ KINDS = (
 )
 
 
+class Origin(NamedTuple):
+    """What a leaf is that is read as its bytes: the name of its dtype in the source, and its shape there."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class SourceLeaf(NamedTuple):
-    """A leaf of a source, without its values: path, shape, and dtype as stored."""
+    """A leaf of a source, without its values.
+
+    Attributes:
+        path, shape, dtype: as `Source.read` returns it: as stored, if numpy can hold that.
+        origin: what it is, if it is not an array of numbers that numpy can hold; it is then read as its bytes, uint8.
+    """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    origin: Origin | None = None
+
+    @property
+    def note(self) -> str:
+        """Why it cannot be quantized, if that cannot be seen from its shape and dtype."""
+        if self.origin:
+            return self.origin.dtype
+        floating = jnp.issubdtype(self.dtype, jnp.floating)
+        return self.dtype.name if floating and self.dtype.name not in FLOATS else ""
 
 
 class Source(abc.ABC):
@@ -50,7 +81,10 @@ class Source(abc.ABC):
     Attributes:
         file: the file or folder.
         leaves: what it holds, in the order of the file, in which reading is fastest.
+        compressed: it is a checkpoint that btc_jax compressed; its leaves are then the parts of packed ones.
     """
+
+    compressed = False
 
     def __init__(self, file: Path):
         self.file = file
@@ -71,7 +105,8 @@ class Source(abc.ABC):
             raise ValueError(
                 f"{self.file} has no leaf {path!r}; {', '.join(near) or 'none, as it is closed'} can be read"
             )
-        return self._read(self._by_path[path])
+        leaf = self._by_path[path]
+        return self._read(leaf) if leaf.origin is None else _bytes_of(self._read(leaf))
 
     @property
     def torch_layout(self) -> bool:
@@ -113,18 +148,37 @@ class Source(abc.ABC):
     def _read(self, leaf: SourceLeaf) -> np.ndarray: ...
 
 
-def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: Any) -> SourceLeaf:
-    """A leaf whose shape and dtype numpy can hold."""
-    if not isinstance(dtype, np.dtype) or dtype not in DTYPES.values():
-        raise ValueError(f"{file}: {path!r} has dtype {dtype}; convert it to one of {', '.join(DTYPES)}")
+def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> SourceLeaf:
+    """A leaf of this shape and dtype; of its bytes, if it is not an array of numbers."""
+    shape = checked_shape(file, path, shape, 8 * dtype.itemsize)
+    if dtype.hasobject:
+        raise ValueError(f"{file}: {path!r} holds Python objects, not numbers; leave it out, or save it as numbers")
+    numbers = dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.number)
+    if numbers and dtype.type not in (np.longdouble, np.clongdouble):  # those differ from machine to machine
+        return SourceLeaf(path, shape, dtype)
+    name = str(dtype) if dtype.names or dtype.kind != "V" else f"V{dtype.itemsize} (dtype lost in .npz)"
+    return bytes_leaf(path, math.prod(shape) * dtype.itemsize, Origin(name[:MAX_NAME], shape))
+
+
+def bytes_leaf(path: str, nbytes: int, origin: Origin) -> SourceLeaf:
+    """A leaf that is read as its bytes."""
+    return SourceLeaf(path, (nbytes,), np.dtype(np.uint8), origin)
+
+
+def checked_shape(file: Path, path: str, shape: tuple[Any, ...], bits: int) -> tuple[int, ...]:
+    """The shape, if an array of elements of so many bits can have it."""
     whole = all(type(axis) is int and axis >= 0 for axis in shape) and len(shape) <= 64
-    if not whole or math.prod(axis or 1 for axis in shape) * dtype.itemsize >= 2**63:
+    if not whole or math.prod(axis or 1 for axis in shape) * bits >= 2**66:
         raise ValueError(f"{file}: {path!r} has a shape that no array can have, {shape!s:.80}; {AGAIN}")
-    return SourceLeaf(path, tuple(shape), dtype)
+    return tuple(shape)
 
 
 def nbytes_of(leaf: SourceLeaf) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _bytes_of(values: np.ndarray) -> np.ndarray:
+    return values if values.dtype == np.uint8 else np.frombuffer(bytearray(values.tobytes()), np.uint8)
 
 
 def flat(tree: PyTree) -> tuple[list[str], list[Any], Any]:
@@ -145,6 +199,20 @@ def parse_json(file: Path, text: bytes) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"but {type(found).__name__}")
         return found
+
+
+def unknown() -> str:
+    return f"is of an unknown kind; give {KINDS}"
+
+
+def refuse(file: Path, foreign: Foreign | None) -> None:
+    """Says how the weights of a foreign file get into one that is read.
+
+    Raises:
+        ValueError: the file is foreign.
+    """
+    if foreign:
+        raise ValueError(f"{file} is {foreign.name}; {foreign.way.replace('FILE', repr(str(file)))}")
 
 
 @contextlib.contextmanager

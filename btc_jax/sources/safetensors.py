@@ -1,12 +1,30 @@
 """safetensors files, one or the shards of a Hugging Face index."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from btc_jax.sources.base import AGAIN, DTYPES, MAX_HEADER, Source, SourceLeaf, leaf_of, nbytes_of, parse_json, readable
+from btc_jax.checkpoint.manifest import FORMAT
+from btc_jax.sources import kinds
+from btc_jax.sources.base import (
+    AGAIN,
+    DTYPES,
+    MAX_HEADER,
+    PACKED,
+    Origin,
+    Source,
+    SourceLeaf,
+    bytes_leaf,
+    checked_shape,
+    leaf_of,
+    nbytes_of,
+    parse_json,
+    readable,
+    refuse,
+)
 
 
 class SafetensorsSource(Source):
@@ -23,7 +41,9 @@ class SafetensorsSource(Source):
 
     def _scan(self) -> Iterator[SourceLeaf]:
         for shard in self._shards or [self.file]:
-            for leaf, offset in _read_header(shard):
+            header, start = _read_header(shard)
+            self.compressed |= _is_ours(header.pop("__metadata__", None))
+            for leaf, offset in _placed(shard, header, start):
                 self.places[leaf.path] = shard, offset
                 yield leaf
 
@@ -44,47 +64,71 @@ class SafetensorsSource(Source):
 def open_index(index: Path) -> Source:
     """The shards that an index names. Leaves of a shard that the index forgot are read too: nothing gets lost."""
     text = index.read_bytes() if index.stat().st_size <= MAX_HEADER else b""
-    shard_of = parse_json(index, text).get("weight_map")
+    fields = parse_json(index, text)
+    shard_of = fields.get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
-        raise ValueError(f"{index} has no weight_map from tensors to files, so it is no safetensors index; {AGAIN}")
+        raise ValueError(
+            f"{index} has no weight_map from tensors to files, so it is not a safetensors index; open the file of the "
+            "weights, or their folder"
+        )
     shards = {name: index.parent / name for name in sorted(set(shard_of.values()))}
     for name, file in shards.items():
         if name in ("", "..") or name != Path(name).name or "\\" in name:
             raise ValueError(f"{index} names the file {name!r}, but only plain names in its own folder are followed")
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {name!r}, which is missing; put it beside the index")
+            raise FileNotFoundError(f"{index} names {name!r}, which is missing; put it next to the index")
+        refuse(file, kinds.by_content(file))
     source = SafetensorsSource(index, list(shards.values()))
     for path, name in shard_of.items():
         if path not in source.places or source.places[path][0].name != name:
             raise ValueError(f"{index} places {path!r} in {name}, which does not hold it; download both again")
+    source.compressed |= _is_ours(fields.get("metadata"))
     return source
 
 
-def _read_header(file: Path) -> Iterator[tuple[SourceLeaf, int]]:
-    """The leaves of a safetensors file with their offsets; together they must fill the file without a gap."""
+def _is_ours(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and FORMAT in metadata
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begins."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{file} is truncated or no safetensors: header {length}, file {size} bytes; {AGAIN}")
-        header = parse_json(file, stream.read(length))
-    header.pop("__metadata__", None)
-    position = 8 + length
+            raise ValueError(f"{file} is truncated or not safetensors: header {length}, file {size} bytes; {AGAIN}")
+        return parse_json(file, stream.read(length)), 8 + length
+
+
+def _placed(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[SourceLeaf, int]]:
+    """The leaves of a safetensors file with their offsets; together they must fill the file without a gap."""
+    position, size = start, file.stat().st_size
     for begin, end, leaf in sorted(_entry(file, *item) for item in header.items()):
-        if 8 + length + begin != position or end - begin != nbytes_of(leaf):
+        if start + begin != position or end - begin != nbytes_of(leaf):
             raise ValueError(f"{file}: {leaf.path} is said to lie at {begin}:{end}, which cannot be true; {AGAIN}")
-        if 8 + length + end > size:
-            raise ValueError(f"{file} is truncated: {leaf.path} ends at {8 + length + end} of {size} bytes; {AGAIN}")
+        if start + end > size:
+            raise ValueError(f"{file} is truncated: {leaf.path} ends at {start + end} of {size} bytes; {AGAIN}")
         yield leaf, position
-        position = 8 + length + end
+        position = start + end
     if position != size:
         raise ValueError(f"{file} has {size - position} bytes that belong to no tensor; {AGAIN}")
 
 
 def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, SourceLeaf]:
     with readable(file, f"describes {path!r} without a dtype, a shape or data_offsets"):
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        dtype = DTYPES.get(dtype, f"{dtype!s:.40}")
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        known = code in DTYPES or code in PACKED
     if type(begin) is not int or type(end) is not int:
-        raise ValueError(f"{file}: {path!r} has data_offsets that are no integers; {AGAIN}")
-    return begin, end, leaf_of(file, path, shape, dtype)
+        raise ValueError(f"{file}: {path!r} has data_offsets that are not integers; {AGAIN}")
+    if not known:
+        raise ValueError(
+            f"{file}: {path!r} has dtype {code!s:.40}, which safetensors does not have; convert it to one of "
+            f"{', '.join(DTYPES)}"
+        )
+    return begin, end, leaf_of(file, path, shape, DTYPES[code]) if code in DTYPES else _packed(file, path, shape, code)
+
+
+def _packed(file: Path, path: str, shape: tuple[Any, ...], code: str) -> SourceLeaf:
+    """A leaf whose elements share bytes: what its bits mean stays its writer's affair."""
+    shape = checked_shape(file, path, shape, PACKED[code])
+    return bytes_leaf(path, -(-math.prod(shape) * PACKED[code] // 8), Origin(code, shape))

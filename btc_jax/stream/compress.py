@@ -22,7 +22,7 @@ from btc_jax.codecs import Codec, check_registered
 from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storage_of
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import open_source
-from btc_jax.stream.container import longest_records
+from btc_jax.stream.container import longest_records, origin_json
 from btc_jax.stream.parts import Parts
 from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested
 from btc_jax.tensor import quantize_leaf
@@ -95,7 +95,7 @@ def compress_file(
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = nested(opened.leaves), one_policy(codec, policy, goal)
+        tree, policy = nested(opened), one_policy(codec, policy, goal)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)
@@ -143,16 +143,18 @@ def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Choice | None, on_leaf
     """Makes sure that a leaf is among the parts, and says whether it already was."""
     finished = parts.has(i)
     if not finished:
-        parts.put(i, _compress(leaf.path, leaf.read(), choice))
+        parts.put(i, _compress(leaf, choice))
     if on_leaf:
         on_leaf(leaf.path, leaf.nbytes)
     return finished
 
 
-def _compress(path: str, leaf: Any, choice: Choice | None) -> StoredLeaf:
+def _compress(lazy: LazyLeaf, choice: Choice | None) -> StoredLeaf:
     """The record of a leaf, with its error if it is packed, and its arrays."""
+    path, leaf = lazy.path, lazy.read()
     if choice is None:
-        return to_arrays(path, leaf)
+        record, arrays = to_arrays(path, leaf)
+        return dataclasses.replace(record, details=record.details | origin_json(lazy.origin)), arrays
     if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype:
         leaf = jnp.asarray(leaf)  # one copy for all that follows; float64 stays, to be remembered
     packed = quantize_leaf(leaf, choice.codec, choice.order, path, choice.slope)

@@ -14,6 +14,7 @@ from btc_jax.checkpoint.structure import describe
 from btc_jax.codecs import Codec
 from btc_jax.coding import packed_nbytes
 from btc_jax.policy import Decision
+from btc_jax.sources import Origin
 
 _CHECKSUM = "0" * 8
 _LONGEST = 1.234e-100
@@ -46,12 +47,19 @@ def longest_records(leaves: Sequence[Any], decisions: Sequence[Decision]) -> lis
 def _record(leaf: Any, how: Decision) -> LeafRecord:
     path, shape, dtype = how.path, tuple(leaf.shape), leaf.dtype.name
     if how.codec is None:
-        return LeafRecord(path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), {})
+        return LeafRecord(
+            path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), origin_json(getattr(leaf, "origin", None))
+        )
     codec = max(how.codec.candidates, key=lambda codec: _most_nbytes(codec, math.prod(shape)))
     order = (with_taps(shape, how.order) if how.free else None) or how.order
     tensor = packed_tensor(path, _most_nbytes(codec, math.prod(shape)))
     details = {"codec": codec.stored.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
     return LeafRecord(path, "packed", shape, dtype, (tensor,), details)
+
+
+def origin_json(origin: Origin | None) -> dict[str, Any]:
+    """What the record of a leaf adds that is stored as its bytes."""
+    return {"origin": [origin.dtype, origin.shape]} if origin else {}
 
 
 def _most_nbytes(codec: Codec, weights: int) -> int:

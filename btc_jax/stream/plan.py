@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from btc_jax._errors import Remedied
 from btc_jax._typing import Array, PyTree
 from btc_jax.allocate import Choice, Target, target_of
 from btc_jax.codecs import Codec
@@ -45,7 +46,7 @@ def plan_file(
     """
     target = target_of(bits, size, rmse, sqnr_db)
     with open_source(source) as opened:
-        tree, policy = nested(opened.leaves), one_policy(codec, policy, target)
+        tree, policy = nested(opened), one_policy(codec, policy, target)
         leaves, decisions, _ = decide(tree, policy)
         if not measure:
             return plan_of(leaves, decisions, [None] * len(leaves), target)
@@ -53,34 +54,51 @@ def plan_file(
         return plan_of(lazy, decisions, choices_of(lazy, decisions, policy, target, tree), target)
 
 
-def nested(leaves: Sequence[SourceLeaf]) -> PyTree:
-    """Nested dicts of shapes and dtypes, by the paths of leaves.
+class CompressedSourceError(Remedied):
+    """The source is not dense."""
+
+
+class LeafShape(jax.ShapeDtypeStruct):
+    """A leaf of a source in its tree of shapes.
+
+    Attributes:
+        note: why it cannot be quantized whatever the policy says, or empty.
+        origin: as `SourceLeaf.origin`.
+    """
+
+    def __init__(self, leaf: SourceLeaf):
+        super().__init__(leaf.shape, leaf.dtype)
+        self.note, self.origin = leaf.note, leaf.origin
+
+
+def nested(source: Source) -> PyTree:
+    """Nested dicts of shapes and dtypes, by the paths of the leaves.
 
     Raises:
         ValueError: two paths conflict, or the source is a compressed checkpoint.
     """
-    if any(leaf.path.endswith(("#plane0", "#header")) for leaf in leaves):
-        raise ValueError(
-            "the source is a compressed checkpoint already; restore it first to compress it in another way"
+    if source.compressed:
+        raise CompressedSourceError(
+            f"{source.file} is a compressed checkpoint already", "decode it first, with restore_file or btc_dequantize"
         )
     tree: dict[str, Any] = {}
-    for leaf in leaves:
+    for leaf in source.leaves:
         *folders, name = leaf.path.split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {}) if isinstance(node, dict) else node
         if not isinstance(node, dict) or name in node:
-            raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths")
-        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths; rename one")
+        node[name] = LeafShape(leaf)
     return tree
 
 
 class LazyLeaf:
     """A leaf of an open source: its values are read whenever they are asked for, and not kept."""
 
-    def __init__(self, source: Source, path: str, leaf: jax.ShapeDtypeStruct):
+    def __init__(self, source: Source, path: str, leaf: LeafShape):
         self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
-        self.nbytes = leaf_nbytes(leaf)
+        self.nbytes, self.origin = leaf_nbytes(leaf), leaf.origin
 
     def read(self) -> np.ndarray:
         _trim_heap()
