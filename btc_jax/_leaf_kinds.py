@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Sequence
 
 from btc_jax._typing import Order
 
@@ -98,6 +99,25 @@ def order_of(path: str) -> Order:
     """
     last = snake((_named(path) or [""])[-1])
     return "stored" if _EMBEDDING.fullmatch(last) or "weight" in _words(last) else "output-major"
+
+
+def normalized_by_linen(paths: Sequence[str]) -> set[str]:
+    """Leaves that `nn.WeightNorm` or `nn.SpectralNorm` normalizes when the model runs.
+
+    Both map over the arrays of all variables of their layer, so a packed leaf would be taken for several. They keep
+    what they add under the name of the leaf: `WeightNorm_0` has the key `Dense_0/kernel/scale`.
+
+    Example:
+        >>> normalized_by_linen(["Dense_0/kernel", "Dense_1/kernel", "WeightNorm_0/Dense_0/kernel/scale"])
+        {'Dense_0/kernel'}
+    """
+    known, found = set(paths), set()
+    for path in paths:
+        *parts, added = path.removeprefix("batch_stats/").split("/")
+        if added in ("scale", "u", "sigma"):
+            without_one = ["/".join(parts[:i] + parts[i + 1 :]) for i in range(len(parts))]
+            found |= known.intersection(without_one + [f"params/{path}" for path in without_one])
+    return found
 
 
 def split_path(path: str) -> list[str]:

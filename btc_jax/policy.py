@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from btc_jax import _training_state
-from btc_jax._leaf_kinds import collection_of, kind_of, order_of, split_path
+from btc_jax._leaf_kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
 from btc_jax._rules import BTCPolicyError as BTCPolicyError
 from btc_jax._rules import NotFloatingError as NotFloatingError
 from btc_jax._rules import NothingPackedError as NothingPackedError
@@ -77,8 +77,9 @@ class Policy:
     The default packs floating leaves of 2 axes or more and 4096 weights or more, except those whose path tells that
     they are not weight matrices: biases, scales and other parameters of norms, statistics, position and rotary tables,
     class and mask tokens, LoRA adapters, and collections of state such as `batch_stats`. It also leaves dense what
-    belongs to the training: optimizer states, moving averages (EMA) and gradients. A rule overrides all of that. Leaves
-    without elements, and those that are not floating, always stay dense.
+    belongs to the training (optimizer states, moving averages, gradients), and what Linen's `WeightNorm` and
+    `SpectralNorm` normalize, since they cannot read packed leaves. A rule overrides all of that. Leaves without
+    elements, and those that are not floating, always stay dense.
 
     Args:
         codec: the codec of leaves packed by default. `None` is the one that the call implies: `Multilevel()` with a
@@ -136,17 +137,16 @@ class Policy:
             BTCPolicyError: if a rule decides no leaf, or asks to quantize what is not floating.
         """
         paths = [leaf.path for leaf in leaves]
-        numbers, found = first_matches(self.rules, paths), _training_state.by_path(paths)
-        training = [by_path or leaf.training for by_path, leaf in zip(found, leaves, strict=True)]
+        numbers = first_matches(self.rules, paths)
         rules = (Rule("*", order=self.order), *self.rules)
-        rows = zip(leaves, numbers, training, strict=True)
+        rows = zip(leaves, numbers, _around(leaves, paths), strict=True)
         decisions = [self._decide(leaf, number, rules[number], why) for leaf, number, why in rows]
         if idle := set(range(1, len(self.rules) + 1)) - set(numbers):
             raise BTCPolicyError(self._why_idle(min(idle), paths, numbers))
         return decisions
 
-    def _decide(self, leaf: LeafSpec, number: int, rule: Rule, training: str) -> Decision:
-        """What a rule says of a leaf; rule 0 is the default, and `training` why that leaves the leaf dense."""
+    def _decide(self, leaf: LeafSpec, number: int, rule: Rule, dense: str) -> Decision:
+        """What a rule says of a leaf; rule 0 is the default, and `dense` why it keeps away from the leaf."""
         codec = (self.codec or implied_codec(False)) if rule.codec == "default" else rule.codec
         obstacle = leaf.note or _not_floating(leaf)
         if number and codec and obstacle and not leaf.note:
@@ -157,7 +157,7 @@ class Policy:
             )
         obstacle = obstacle or ("empty" if 0 in leaf.shape else "")
         if not number:
-            obstacle = obstacle or training or self._not_by_default(leaf)
+            obstacle = obstacle or dense or self._not_by_default(leaf)
         reason = obstacle or (f"rule {number}" if number else "default")
         order: Order = rule.order or self.order or order_of(leaf.path)
         free = self.taps and not (number and rule.order)
@@ -187,6 +187,13 @@ class Policy:
             f"{next(iter(deciding))} among them, are decided by {names} before it; put the narrower rule first, or "
             "drop one"
         )
+
+
+def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
+    """What the other leaves and the containers say against each leaf: part of the training, or normalized by Linen."""
+    normalized = normalized_by_linen(paths)
+    training = zip(_training_state.by_path(paths), leaves, strict=True)
+    return [found or leaf.training or ("normalized" if leaf.path in normalized else "") for found, leaf in training]
 
 
 def implied_codec(target: bool) -> Codec:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from btc_jax import Multilevel, Policy, Rule, Uniform, btc_dequantize, btc_quantize, is_packed
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_dequantize, btc_plan, btc_quantize, is_packed
 
 SIZE = 32
 BATCH = (4, SIZE)
@@ -311,3 +311,40 @@ def test_lifted_transformations_of_linen(how, jitted):
     apply: Any = (lambda variables, x: module.bind(variables)(x)) if how == "bind" else module.apply
     apply = jax.jit(apply) if jitted else apply
     np.testing.assert_allclose(apply(q, x), apply(btc_dequantize(q), x), rtol=2e-5, atol=2e-6)
+
+
+class Normalized(nn.Module):
+    """One of Linen's lifted normalizations, which map over the arrays of a layer's variables, and a plain layer."""
+
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        keywords = {"update_stats": False} if self.norm is nn.SpectralNorm else {}
+        return nn.Dense(64)(self.norm(nn.Dense(64))(x, **keywords))
+
+
+@pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
+def test_what_linen_normalizes_stays_dense(norm):
+    module, x = Normalized(norm), jnp.ones((2, 64))
+    variables = module.init(jax.random.key(0), x)
+    packed = btc_quantize(variables, bits=4.5)
+    reasons = {row.path: row.reason for row in btc_plan(variables, bits=4.5).rows}
+    assert reasons["params/Dense_1/kernel"] == "normalized"
+    assert reasons["params/Dense_0/kernel"] == "default"
+    for apply in (module.apply, jax.jit(module.apply)):
+        np.testing.assert_allclose(apply(packed, x), apply(btc_dequantize(packed), x), rtol=1e-5, atol=1e-6)
+
+
+def test_variables_mapped_by_the_user_say_what_to_do():
+    class Doubled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            twice = nn.map_variables(nn.Dense, "params", lambda v: jax.tree.map(lambda a: a + a, v), init=True)
+            return twice(64)(x)
+
+    module, x = Doubled(), jnp.ones((2, 64))
+    packed = btc_quantize(module.init(jax.random.key(0), x), bits=4.5)
+    with pytest.raises(TypeError, match=r"\(64, 64\).*btc_dequantize"):
+        module.apply(packed, x)
+    assert jax.jit(lambda v, x: module.apply(btc_dequantize(v), x))(packed, x).shape == (2, 64)
