@@ -8,9 +8,9 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from btc_jax._leaf_kinds import split_path
-from btc_jax._training_state import REASONS
 from btc_jax.policy import Decision, NothingPackedError
+from btc_jax.policy.kinds import split_path
+from btc_jax.policy.training import REASONS
 from btc_jax.tensor import is_packed
 
 _WEIGHTS = ("too small", "not in names", *REASONS)

@@ -123,7 +123,7 @@ def btc_plan(
         >>> import btc_jax, jax, jax.numpy as jnp
         >>> plan = btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32), "bias": jnp.zeros(64)})
         >>> [(row.path, row.reason, row.bytes_min, row.bytes_max) for row in plan.rows]
-        [('bias', 'bias', 256, 256), ('kernel', 'default', 2312, 4360)]
+        [('bias', 'bias', 256, 256), ('kernel', 'default', 2314, 4362)]
         >>> btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, bits=4.5).note
         'bits of 4.5: at most 2,304 bytes, 7.11 times smaller'
     """
@@ -153,7 +153,8 @@ def plan_of(
     rows = tuple(_row(*row) for row in zip(leaves, decisions, choices, before, strict=True))
     packed = [(row, how.codec) for row, how in zip(rows, decisions, strict=True) if how.codec and not how.tied_to]
     if target and packed and not any(choices):
-        _refuse_unreachable(target, packed, sum(row.bytes_min for row in rows))
+        smallest, largest = (sum(getattr(row, end) for row in rows) for end in ("bytes_min", "bytes_max"))
+        _refuse_unreachable(target, packed, smallest, largest)
     if target is None:
         packed = [(row, codec) for row, codec in packed if codec.adaptive]
         target = usual_target([codec for _, codec in packed]) if packed else None
@@ -171,21 +172,15 @@ def _limit(target: Target, rows: Sequence[PlanRow], packed: Sequence[PlanRow]) -
     return others + max(allowed, sum(row.bytes_min for row in packed))
 
 
-def _refuse_unreachable(target: Target, packed: Sequence[tuple[PlanRow, Codec]], smallest: int) -> None:
+def _refuse_unreachable(target: Target, packed: Sequence[tuple[PlanRow, Codec]], smallest: int, largest: int) -> None:
     """As `btc_quantize` does, as far as the widths of the codecs tell."""
-    if not any(codec.adaptive for _, codec in packed):
-        raise ValueError(
-            f"{target.kind}={target.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
-            "Multilevel(), or Uniform(threshold='auto')"
-        )
+    target.refuse_fixed(codec for _, codec in packed)
     if target.kind == "size" and target.value < smallest:
-        raise ValueError(f"size of {target.value:,.0f} cannot be reached: these leaves and codecs need {smallest:,}")
+        target.refuse(smallest, largest)
     rows = [row for row, _ in packed]
     low, high = (8 * sum(getattr(row, end) for row in rows) / _weights(rows) for end in ("bytes_min", "bytes_max"))
     if target.kind == "bits" and not low * (1 - 1e-9) <= target.value <= high * (1 + 1e-9):
-        raise ValueError(
-            f"bits of {target.value:.4g} cannot be reached: these leaves and codecs reach from {low:.4g} to {high:.4g}"
-        )
+        target.refuse(low, high)
 
 
 def _weights(rows: Sequence[PlanRow]) -> int:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from btc_jax import _training_state, coding
+from btc_jax import coding
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
 from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
@@ -21,6 +21,7 @@ from btc_jax._typing import PyTree
 from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
 from btc_jax.codecs import Codec
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
+from btc_jax.policy.training import by_container
 from btc_jax.tensor import is_packed, quantize_leaf
 
 
@@ -70,7 +71,7 @@ def btc_quantize(
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"Dense_0": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
         >>> btc_jax.btc_quantize(params)["Dense_0"]["kernel"].nbytes
-        2312
+        2314
         >>> btc_jax.btc_quantize(params, bits=4.5)["Dense_0"]["kernel"].dequantize()[0, 0]
         Array(1., dtype=float32)
     """
@@ -184,7 +185,7 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
 def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], Any]:
     """Leaves of a tree, what the policy says of each, and the structure."""
     paths, leaves, treedef = flatten(params)
-    training = _training_state.by_container(params, is_packed)
+    training = by_container(params, is_packed)
     decisions = policy.decide([_spec(*triple) for triple in zip(paths, leaves, training, strict=True)])
     return leaves, tie(leaves, decisions), treedef
 

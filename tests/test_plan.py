@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize, codec_from_json
+from btc_jax.seal import SEAL
 from tests import oracle
 
 
@@ -32,7 +33,7 @@ def expected_bytes(size, codec, wide, flags=True):
     blocks = -(-size // codec.block_size)
     half_row = (codec.block_size + 1) // 2
     extremes = 2 * np.dtype(codec.header_dtype).itemsize
-    return (blocks + wide) * half_row + blocks * extremes + (-(-blocks // 8) if flags else 0)
+    return (blocks + wide) * half_row + blocks * extremes + (-(-blocks // 8) if flags else 0) + SEAL.nbytes
 
 
 def wide_blocks(leaf, codec):

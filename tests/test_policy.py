@@ -31,8 +31,8 @@ from btc_jax import (
     is_packed,
     plan_file,
 )
-from btc_jax._rules import first_matches
 from btc_jax.policy import LeafSpec
+from btc_jax.policy.rules import first_matches
 
 BIG = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 

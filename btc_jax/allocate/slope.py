@@ -3,9 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import NoReturn
 
-from btc_jax._errors import ArgumentError
 from btc_jax.allocate.leaf import Choice, Cost, Item, Leaf
 from btc_jax.allocate.target import Target
 
@@ -35,11 +33,7 @@ def allocate(
         ValueError: the target cannot be reached; the message says what can.
     """
     leaves = [Leaf(item) for item in items]
-    if not any(leaf.adaptive for leaf in leaves):
-        raise ValueError(
-            f"{target.kind}={target.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
-            "Multilevel(), or Uniform(threshold='auto')"
-        )
+    target.refuse_fixed(item.codec for item in items)
     equal = _Problem(leaves, target, [0.0] * len(leaves), math.inf, nbytes_beside)
     if target.named:
         equal.refuse_unreachable()
@@ -47,7 +41,7 @@ def allocate(
     problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
     octave = problem.solve(whole=True, near=problem.solve(whole=False))
     if target.named and problem.excess(octave, whole=True) > 1e-9:
-        problem.refuse(*problem.reach(whole=True))
+        target.refuse(*problem.reach(whole=True))
     return problem.choices(octave), problem.costs(octave, whole=True)
 
 
@@ -110,7 +104,7 @@ class _Problem:
         low, high = self.reach(whole=False)
         too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
         if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
-            self.refuse(low, high)
+            self.target.refuse(low, high)
 
     def reach(self, whole: bool) -> tuple[float, float]:
         """The least and the largest that the target can be about. Where loud blocks escape, more bits can be worse."""
@@ -120,12 +114,6 @@ class _Problem:
             return self.value(self.highest, whole), most
         values = [self.value(self.lowest + share * (self.highest - self.lowest), whole) for share in _SHARES]
         return min(values), max(values)
-
-    def refuse(self, low: float, high: float) -> NoReturn:
-        kind, wanted, _ = self.target
-        form = ",.0f" if kind == "size" else ".4g"
-        reach = f"these leaves and codecs reach from {low:{form}} to {high:{form}}"
-        raise ArgumentError(kind, f"of {wanted:{form}} cannot be reached: {reach}")
 
     def solve(self, whole: bool, near: float | None = None) -> float:
         """The power of two of a slope that meets the target and leaves as little of it unused as can be.

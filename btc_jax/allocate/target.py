@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from btc_jax._errors import ArgumentError, ConflictingArgumentsError
 from btc_jax.codecs import Codec
@@ -20,6 +20,20 @@ class Target(NamedTuple):
     value: float
     named: bool = True
     """Somebody asked for it. If not, the nearest that can be reached will do."""
+
+    def refuse_fixed(self, codecs: Iterable[Codec]) -> None:
+        """Raises if the widths of none of these codecs can change for the target."""
+        if not any(codec.adaptive for codec in codecs):
+            raise ValueError(
+                f"{self.kind}={self.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
+                "Multilevel(), or Uniform(threshold='auto')"
+            )
+
+    def refuse(self, low: float, high: float) -> NoReturn:
+        """Raises, since leaves and codecs only reach from `low` to `high`."""
+        form = ",.0f" if self.kind == "size" else ".4g"
+        reach = f"these leaves and codecs reach from {low:{form}} to {high:{form}}"
+        raise ArgumentError(self.kind, f"of {self.value:{form}} cannot be reached: {reach}")
 
 
 def target_of(

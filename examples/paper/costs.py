@@ -13,6 +13,7 @@ import btc_jax
 from btc_jax import Baseline, Uniform
 from btc_jax.baselines import _group, _reconstruct
 from btc_jax.metrics import storage_of
+from btc_jax.seal import SEAL
 from examples.paper.published import table
 
 Row = dict[str, Any]
@@ -94,5 +95,5 @@ def _stored(size: int, bits: int) -> Row:
     weights = np.random.default_rng(0).standard_normal((size, blocks), np.float32)
     storage = storage_of(btc_jax.quantize_leaf(weights, codec))
     payload, header = storage.payload_bits // blocks, storage.header_bits // blocks
-    assert (payload + header) * blocks == 8 * storage.nbytes
+    assert (payload + header) * blocks == 8 * (storage.nbytes - SEAL.nbytes)
     return {"block_size": size, "bits": bits, "payload": payload, "header": header, "overhead": header / size}

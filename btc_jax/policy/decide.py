@@ -1,4 +1,4 @@
-"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never read."""
+"""The decision about each leaf: by the first rule that matches it, else by the default."""
 
 import dataclasses
 import difflib
@@ -9,15 +9,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from btc_jax import _training_state
-from btc_jax._leaf_kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
-from btc_jax._rules import BTCPolicyError as BTCPolicyError
-from btc_jax._rules import NotFloatingError as NotFloatingError
-from btc_jax._rules import NothingPackedError as NothingPackedError
-from btc_jax._rules import Rule as Rule
-from btc_jax._rules import check_order, first_matches, is_number
 from btc_jax._typing import Order
 from btc_jax.codecs import Codec, Multilevel, Uniform
+from btc_jax.policy.kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
+from btc_jax.policy.rules import BTCPolicyError, NotFloatingError, Rule, check_order, first_matches, is_number
+from btc_jax.policy.training import by_path
 
 _DTYPES = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
@@ -192,7 +188,7 @@ class Policy:
 def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
     """What the other leaves and the containers say against each leaf: part of the training, or normalized by Linen."""
     normalized = normalized_by_linen(paths)
-    training = zip(_training_state.by_path(paths), leaves, strict=True)
+    training = zip(by_path(paths), leaves, strict=True)
     return [found or leaf.training or ("normalized" if leaf.path in normalized else "") for found, leaf in training]
 
 

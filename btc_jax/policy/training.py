@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from btc_jax._leaf_kinds import snake, split_path
 from btc_jax._typing import PyTree
+from btc_jax.policy.kinds import snake, split_path
 
 REASONS = OPTIMIZER, AVERAGE, GRADIENTS = "optimizer state", "moving average", "gradients"
 

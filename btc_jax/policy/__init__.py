@@ -1,0 +1,13 @@
+"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never read.
+
+what a path says (kinds), what belongs to the training (training) and what the user says (rules) -> a decision (decide)
+"""
+
+from btc_jax.policy.decide import Decision as Decision
+from btc_jax.policy.decide import LeafSpec as LeafSpec
+from btc_jax.policy.decide import Policy as Policy
+from btc_jax.policy.decide import implied_codec as implied_codec
+from btc_jax.policy.rules import BTCPolicyError as BTCPolicyError
+from btc_jax.policy.rules import NotFloatingError as NotFloatingError
+from btc_jax.policy.rules import NothingPackedError as NothingPackedError
+from btc_jax.policy.rules import Rule as Rule
