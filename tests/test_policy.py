@@ -382,7 +382,8 @@ def test_rules_may_be_a_list_and_policies_are_values():
 def test_without_a_codec_the_call_implies_one(policy):
     tree = {"body": {"kernel": BIG}, "head": {"kernel": BIG}}
     assert {row.codec for row in btc_plan(tree, policy=policy).rows} - {None} == {Uniform()}
-    for target in ({"bits": 4.5}, {"size": 16384 + 4000}, {"rmse": 0.1}, {"sqnr_db": 20}):
+    targets: tuple[dict[str, Any], ...] = ({"bits": 4.5}, {"size": 16384 + 4000}, {"rmse": 0.1}, {"sqnr_db": 20})
+    for target in targets:
         assert {row.codec for row in btc_plan(tree, policy=policy, **target).rows} - {None} == {Multilevel()}
 
 
