@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax.checkpoint import BTCFormatError, Checkpoint, open_checkpoint
+from btc_jax.checkpoint import Checkpoint, open_checkpoint
+from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.metrics import Error, Measures, Storage, jsonable
 from btc_jax.sources import Source, open_source
 from btc_jax.tensor import is_packed
@@ -58,12 +59,8 @@ def open_side(path: str | os.PathLike[str]) -> Side:
         FileNotFoundError: there is nothing at `path`.
         ValueError: it is neither, or damaged.
     """
-    try:
+    with suppress(BTCNotCompressedError):
         return Side(open_checkpoint(path))
-    except BTCFormatError as error:
-        # What has a manifest of ours and cannot be read is damaged, and not something else.
-        if not Path(path).is_dir() and "no compressed checkpoint" not in str(error):
-            raise
     return Side(open_source(path))
 
 
