@@ -151,8 +151,7 @@ def _stored(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     paths, leaves, _ = flatten(tree)
     node = describe(tree, paths)
     rebuild(node, paths, paths)
-    records_of(paths, leaves)  # refuses what cannot be stored before anything is copied
-    stored = stored_leaves(paths, leaves)
+    stored = stored_leaves(records_of(paths, leaves), leaves)
     text = Manifest(node, tuple(record for record, _ in stored)).text()
     arrays = {record.path: _one_array(record, parts) for record, parts in stored if record.nbytes}
     return arrays, {FORMAT: text, f"{FORMAT}_crc32c": crc32c(text.encode())}

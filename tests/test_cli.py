@@ -204,8 +204,8 @@ class TestTargets:
         assert {leaf["codec"]["id"] for leaf in packed} == {"multilevel"}
 
     def test_size_is_that_of_the_file(self, source, tmp_path):
-        self.made(source, tmp_path / "x.btc", "--size", "10KB")
-        assert 9_500 < (tmp_path / "x.btc").stat().st_size <= 10_000
+        self.made(source, tmp_path / "x.btc", "--size", "5KB")
+        assert 4_750 < (tmp_path / "x.btc").stat().st_size <= 5_000
 
     def test_errors(self, tmp_path):
         source = tmp_path / "m.safetensors"
@@ -326,7 +326,7 @@ class TestDiff:
         stored = {leaf["path"]: leaf["error"] for leaf in as_json("inspect", small)["leaves"]}
         for leaf in found["leaves"]:
             for name, figure in stored[leaf["path"]].items():
-                assert leaf[name] == pytest.approx(figure, rel=1e-4), (leaf["path"], name)
+                assert leaf[name] == pytest.approx(figure, rel=5e-4), (leaf["path"], name)
 
     def test_limit(self, source, small):
         assert len(as_json("diff", source, small, "--limit", 1, code=1)["leaves"]) == 1

@@ -21,7 +21,7 @@ import numpy as np
 from pathlib import Path
 from tests.test_kill import tree
 from btc_jax.checkpoint.structure import describe
-from btc_jax.checkpoint.ties import stored_leaves
+from btc_jax.checkpoint.ties import records_of, stored_leaves
 from btc_jax.checkpoint.write import write_leaves
 from btc_jax.tree import flatten
 import os
@@ -29,7 +29,7 @@ import os
 stored = []
 for number in (1, 2):
     paths, leaves, _ = flatten(tree(number))
-    stored.append((describe(tree(number), paths), stored_leaves(paths, leaves)))
+    stored.append((describe(tree(number), paths), stored_leaves(records_of(paths, leaves), leaves)))
 # For each line a child that saves without end; nothing in it starts a thread or calls jax.
 for line in sys.stdin:
     path, start, *modes = line.split()

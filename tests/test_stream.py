@@ -72,7 +72,8 @@ def test_the_same_as_saving_the_quantized_tree(source, tmp_path):
     total = btc_jax.btc_metrics(torch_params(), expected, policy=policy)
     measures = next(leaf.measures for leaf in total.leaves if leaf.path == "conv.weight")
     assert measures is not None
-    assert error == {name: getattr(measures, name) for name in error}
+    assert error.keys() == {"rmse", "relative_rmse", "sqnr_db", "largest_error"}
+    assert error == pytest.approx({name: getattr(measures, name) for name in error}, rel=5e-4)
 
 
 def test_plan_bounds_what_is_done(source, tmp_path):
@@ -434,14 +435,14 @@ def test_taps_are_transformed_where_that_pays_in_pytorchs_layout(tmp_path):
 
 @pytest.mark.parametrize("shards", [None, 5000])
 def test_size_counts_all_that_is_written(source, tmp_path, shards):
-    done = compress_file(source, tmp_path / "q.safetensors", size="25KB", max_shard_bytes=shards)
+    done = compress_file(source, tmp_path / "q.safetensors", size="15KB", max_shard_bytes=shards)
     assert done.bytes_after == written(tmp_path)
-    assert (0.95 if shards is None else 0.8) * 25_000 < written(tmp_path) <= 25_000
+    assert (0.95 if shards is None else 0.8) * 15_000 < written(tmp_path) <= 15_000
 
 
 def test_a_size_below_the_headers_says_what_can_be(source, tmp_path):
-    with pytest.raises(ValueError, match=r"size of 2,000 cannot be reached: these leaves and codecs reach from 1?\d,"):
-        compress_file(source, tmp_path / "q.safetensors", size=2000)
+    with pytest.raises(ValueError, match=r"size of 1,000 cannot be reached: these leaves and codecs reach from \d,"):
+        compress_file(source, tmp_path / "q.safetensors", size=1000)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 

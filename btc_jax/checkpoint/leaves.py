@@ -19,7 +19,7 @@ from btc_jax.checkpoint.manifest import (
     key_tensor,
     packed_tensor,
 )
-from btc_jax.checkpoint.packed import arrays_of, codec_json, from_bytes
+from btc_jax.checkpoint.packed import arrays_of, check, codec_json, from_bytes
 from btc_jax.checkpoint.text import canonical
 from btc_jax.codecs import codec_from_json
 from btc_jax.tensor import BTCTensor, is_packed
@@ -35,13 +35,11 @@ def to_arrays(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
         TypeError: the leaf cannot be stored.
         ValueError: nor can its path, its shape, or what it holds.
     """
-    record, arrays = unsigned(path, leaf)
-    tensors = tuple(tensor._replace(crc32c=crc32c(*arrays)) for tensor in record.tensors)
-    return dataclasses.replace(record, tensors=tensors), arrays
+    return signed_leaf(record_of(path, leaf), leaf)
 
 
-def unsigned(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
-    """The same without the checksum: it takes hardly any time, and refuses all that `to_arrays` refuses."""
+def record_of(path: str, leaf: Any) -> LeafRecord:
+    """The record of a leaf without its checksum: it reads no more than headers, and refuses what cannot be stored."""
     try:
         check_path(path)
     except BTCFormatError as error:
@@ -51,16 +49,34 @@ def unsigned(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
         raise ValueError(f"{path or 'the tree'} was deleted or donated, so its values are gone")
     if is_packed(leaf):
         return _packed(path, leaf)
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return _key(path, leaf)
+    if _is_key(leaf):
+        words = list(jax.eval_shape(jax.random.key_data, leaf).shape[leaf.ndim :])
+        details = {"impl": str(jax.random.key_impl(leaf)), "words": words}
+        return LeafRecord(path, "key", leaf.shape, str(leaf.dtype), (key_tensor(path, leaf.shape, words),), details)
     if _is_array(leaf):
-        return _dense(path, leaf)
+        name = np.dtype(leaf.dtype).newbyteorder("=").name
+        return LeafRecord(path, "dense", tuple(leaf.shape), name, (dense_tensor(path, leaf.shape, name),), {})
     name = type(leaf).__name__
     if _PYTHON.get(name) is type(leaf) and len(repr(leaf)) <= _MAX_TEXT:
-        return LeafRecord(path, "python", (), name, (), {"value": str(leaf)}), []
+        return LeafRecord(path, "python", (), name, (), {"value": str(leaf)})
     raise TypeError(
         f"{path or 'the tree'} is {str(leaf)[:60]} ({name}); only arrays, PRNG keys, numbers and text can be stored"
     )
+
+
+def signed_leaf(record: LeafRecord, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
+    """A record with its checksum, and the arrays of its leaf."""
+    if not record.tensors:
+        return record, []
+    if is_packed(leaf):
+        arrays = arrays_of(leaf)
+    elif _is_key(leaf):
+        arrays = [np.ascontiguousarray(jax.random.key_data(leaf))]
+    else:
+        array = np.asarray(leaf)
+        arrays = [np.ascontiguousarray(array, array.dtype.newbyteorder("="))]
+    (tensor,) = record.tensors
+    return dataclasses.replace(record, tensors=(tensor._replace(crc32c=crc32c(*arrays)),)), arrays
 
 
 def from_arrays(record: LeafRecord, arrays: Sequence[np.ndarray]) -> Any:
@@ -73,30 +89,19 @@ def from_arrays(record: LeafRecord, arrays: Sequence[np.ndarray]) -> Any:
         return _LEAVES[record.kind](record, *arrays)
 
 
-def _packed(path: str, leaf: BTCTensor) -> tuple[LeafRecord, list[np.ndarray]]:
+def _packed(path: str, leaf: BTCTensor) -> LeafRecord:
     try:
-        arrays = arrays_of(leaf)
+        check(leaf)
     except (TypeError, ValueError) as error:
         error.args = (f"{path or 'the tree'} cannot be saved: {error}",)
         raise
     details = {"codec": codec_json(leaf.codec), "order": leaf.order}
-    tensor = packed_tensor(path, sum(array.nbytes for array in arrays))
-    return LeafRecord(path, "packed", tuple(leaf.shape), np.dtype(leaf.dtype).name, (tensor,), details), arrays
+    tensor = packed_tensor(path, leaf.nbytes)
+    return LeafRecord(path, "packed", tuple(leaf.shape), np.dtype(leaf.dtype).name, (tensor,), details)
 
 
-def _key(path: str, leaf: jax.Array) -> tuple[LeafRecord, list[np.ndarray]]:
-    data = np.ascontiguousarray(jax.random.key_data(leaf))
-    words = list(data.shape[leaf.ndim :])
-    details = {"impl": str(jax.random.key_impl(leaf)), "words": words}
-    tensor = key_tensor(path, leaf.shape, words)
-    return LeafRecord(path, "key", leaf.shape, str(leaf.dtype), (tensor,), details), [data]
-
-
-def _dense(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
-    array = np.asarray(leaf)
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
-    tensor = dense_tensor(path, leaf.shape, array.dtype.name)
-    return LeafRecord(path, "dense", tuple(leaf.shape), array.dtype.name, (tensor,), {}), [array]
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
-from btc_jax.checkpoint.text import canonical
 from btc_jax.codecs import Codec, check_registered, codec_from_json
 from btc_jax.coding import wrong_rows
 from btc_jax.intact import changes
@@ -29,8 +28,8 @@ def codec_json(codec: Codec) -> dict[str, Any]:
     return codec.to_json()
 
 
-def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
-    """The arrays of a packed leaf, in the order of its bytes.
+def check(leaf: BTCTensor) -> None:
+    """Refuses a packed leaf that could not be read again. Of its arrays only seal and header are read.
 
     Raises:
         ValueError: it is stacked, its codec is not registered or not as files have it, or its order has too many taps.
@@ -44,12 +43,17 @@ def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
     check_format(leaf.codec, leaf.order, leaf.shape, np.dtype(leaf.dtype))
     check_registered(leaf.codec)
     if codec_from_json(codec_json(leaf.codec)) != leaf.codec:
-        raise ValueError(
-            f"its codec {leaf.codec!r} does not come back from its JSON, {canonical(leaf.codec.to_json())}"
-        )
-    parts = [_values(array) for array in (leaf.seal, *_in_order(leaf), *leaf.planes)]
-    _refuse_changes(leaf, parts)
-    return parts
+        raise ValueError(f"its codec {leaf.codec!r} does not come back from its JSON, {leaf.codec.to_json()}")
+    for array in jax.tree.leaves((leaf.planes, leaf.header, leaf.seal)):
+        _refuse_without_values(array)
+    if trouble := changes(leaf) or _wrong_rows(leaf):
+        raise TypeError(changed_arrays(leaf.shape, trouble))
+
+
+def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
+    """The arrays of a packed leaf, in the order of its bytes."""
+    header = [leaf.header[name] for name in leaf.codec.stored_header(leaf.num_blocks)]
+    return [np.ascontiguousarray(array) for array in (leaf.seal, *header, *leaf.planes)]
 
 
 def from_bytes(data: np.ndarray, codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:
@@ -88,30 +92,16 @@ def check_format(codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dty
         raise ValueError(f"it has the unknown order {str(order)[:30]!r}, or one with more than {MAX_TAPS} taps")
 
 
-def _values(array: Any) -> np.ndarray:
+def _refuse_without_values(array: Any) -> None:
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
-        raise TypeError(
-            f"it is packed, and holds {str(array)[:60]} ({type(array).__name__}) and not an array of values"
-        )
-    return np.ascontiguousarray(array)
+        raise TypeError(f"it holds {str(array)[:60]} ({type(array).__name__}) in place of an array of values")
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise ValueError("its arrays were deleted or donated, so its values are gone")
 
 
-def _refuse_changes(leaf: BTCTensor, parts: list[np.ndarray]) -> None:
-    blocks, (seal, *rest) = leaf.num_blocks, parts
-    header = dict(zip(leaf.codec.stored_header(blocks), rest, strict=False))
-    planes = tuple(rest[len(header) :])
-    trouble = changes(leaf) or wrong_rows(planes, leaf.codec, leaf.codec.read_widths(header, blocks))
-    if not trouble and not np.array_equal(seal, SEAL):
-        trouble = f"its seal became {seal.tolist()} from {SEAL.tolist()}"
-    if trouble:
-        raise TypeError(changed_arrays(leaf.shape, trouble))
-
-
-def _in_order(leaf: BTCTensor) -> list[Any]:
-    names = leaf.codec.stored_header(leaf.num_blocks)
-    if not isinstance(leaf.header, dict) or leaf.header.keys() != names.keys():
-        raise TypeError(changed_arrays(leaf.shape, f"its header has {list(leaf.header)}, not {list(names)}"))
-    return [leaf.header[name] for name in names]
+def _wrong_rows(leaf: BTCTensor) -> str:
+    header = {name: np.asarray(array) for name, array in leaf.header.items()}
+    return wrong_rows(leaf.planes, leaf.codec, leaf.codec.read_widths(header, leaf.num_blocks))
 
 
 def _planes(codec: Codec, widths: np.ndarray) -> Iterator[tuple[tuple[int, int], np.dtype]]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from btc_jax.checkpoint.errors import BTCFormatError
-from btc_jax.checkpoint.leaves import to_arrays, unsigned
+from btc_jax.checkpoint.leaves import record_of, signed_leaf
 from btc_jax.checkpoint.manifest import LeafRecord
 from btc_jax.tensor import is_packed
 
@@ -20,16 +20,12 @@ def records_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[LeafRecord]:
     Raises:
         TypeError, ValueError: a leaf cannot be stored; the message names it.
     """
-    return [record or unsigned(path, leaf)[0] for path, leaf, record in _with_ties(paths, leaves)]
+    return [record_of(*pair) if first is None else _tied(*pair, first) for *pair, first in _with_ties(paths, leaves)]
 
 
-def stored_leaves(paths: Sequence[str], leaves: Sequence[Any]) -> list[StoredLeaf]:
-    """The records of leaves, with their arrays; those of an object that occurred before are only a name.
-
-    Raises:
-        TypeError, ValueError: a leaf cannot be stored; the message names it.
-    """
-    return [(record, []) if record else to_arrays(path, leaf) for path, leaf, record in _with_ties(paths, leaves)]
+def stored_leaves(records: Sequence[LeafRecord], leaves: Sequence[Any]) -> list[StoredLeaf]:
+    """These records with their checksums, and the arrays of their leaves."""
+    return [signed_leaf(*pair) for pair in zip(records, leaves, strict=True)]
 
 
 def check_ties(records: Mapping[str, LeafRecord], what: Any) -> None:
@@ -58,16 +54,17 @@ def shared(records: Mapping[str, LeafRecord]) -> set[str]:
     return {home(record) for record in records.values() if record.kind == "tied"}
 
 
-def _with_ties(paths: Iterable[str], leaves: Iterable[Any]) -> Iterator[tuple[str, Any, LeafRecord | None]]:
-    """Each leaf, with its record if it is the same object as one before."""
+def _with_ties(paths: Iterable[str], leaves: Iterable[Any]) -> Iterator[tuple[str, Any, str | None]]:
+    """Each leaf with its path, and the path of the first that is the same object, if that is another."""
     firsts: dict[int, str] = {}
     for path, leaf in zip(paths, leaves, strict=True):
         first = firsts.setdefault(id(leaf), path) if _has_identity(leaf) else path
-        if first == path:
-            yield path, leaf, None
-        else:
-            dtype = str(leaf.dtype) if isinstance(leaf, jax.Array) else np.dtype(leaf.dtype).name
-            yield path, leaf, LeafRecord(path, "tied", tuple(leaf.shape), dtype, (), {"of": first})
+        yield path, leaf, None if first == path else first
+
+
+def _tied(path: str, leaf: Any, first: str) -> LeafRecord:
+    dtype = str(leaf.dtype) if isinstance(leaf, jax.Array) else np.dtype(leaf.dtype).newbyteorder("=").name
+    return LeafRecord(path, "tied", tuple(leaf.shape), dtype, (), {"of": first})
 
 
 def _has_identity(leaf: Any) -> bool:

@@ -66,8 +66,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
     paths, leaves, _ = flatten(tree)
     check_target(target, max_shard_bytes)
     node = describe(tree, paths)
-    check_readable(target, node, records_of(paths, leaves), max_shard_bytes)
-    return write_leaves(target, node, stored_leaves(paths, leaves), max_shard_bytes)
+    records = records_of(paths, leaves)
+    check_readable(target, node, records, max_shard_bytes)
+    return write_leaves(target, node, stored_leaves(records, leaves), max_shard_bytes)
 
 
 def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:

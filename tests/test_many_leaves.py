@@ -1,0 +1,159 @@
+"""How many leaves a checkpoint holds, and what each costs: the limits that docs/format.md promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import btc_jax
+from btc_jax import Uniform, compress_file, load, open_checkpoint, quantize_leaf, save
+from btc_jax.checkpoint import handles
+
+LEAVES, SHARDS = 100_000, 4096
+NAMES = [
+    f"model.layers.{i}.mlp.experts.{j}.{name}.weight"
+    for i in range(27)
+    for j in range(64)
+    for name in ("gate_proj", "up_proj", "down_proj")
+]
+"""A mixture of experts, as it is named on the hub."""
+
+PROGRAM = """
+import os, resource, sys, time, warnings
+import numpy as np, jax, jax.numpy as jnp, btc_jax
+
+warnings.simplefilter("error")
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+file, leaves, shards = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
+one = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 16), btc_jax.Uniform(8, threshold=float("inf")))
+names = [f"model.layers.{i // 768}.mlp.experts.{i // 3 % 256}.gate_proj{i % 3}.weight" for i in range(leaves)]
+copies = [jax.tree.map(lambda array: np.array(array), one) for _ in names]
+for i, copy in enumerate(copies):
+    copy.planes[0][0] = i
+tree = dict(zip(names, copies, strict=True))
+btc_jax.save(file, tree, max_shard_bytes=shards and -(-leaves // shards) * one.nbytes)
+
+def measured(what, call):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    result = call()
+    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(what, round(seconds, 2), grown / 1024)
+    return result
+
+checkpoint = measured("open", lambda: btc_jax.open_checkpoint(file))
+assert len(checkpoint.records) == leaves
+assert len(checkpoint.files) == 1 + (shards or 1)
+checkpoint.close()
+if shards is None:
+    assert measured("verify", lambda: btc_jax.verify(file)).ok
+wanted = {name: i for i, name in list(enumerate(names))[:: leaves // 100]}
+loaded = measured("load", lambda: btc_jax.load(file, select="model.layers.[0-9].*"))
+assert len(loaded) == 7680
+for name, leaf in loaded.items():
+    assert name not in wanted or int(leaf.planes[0][0, 0]) == wanted[name]
+"""
+
+
+@pytest.mark.parametrize("shards", [None, SHARDS], ids=["file", "files"])
+def test_100_000_leaves(tmp_path, shards):
+    """In a process without the type checker that follows each call, and with few files that may be open."""
+    leaves = LEAVES // SHARDS * SHARDS
+    program = [sys.executable, "-c", PROGRAM, str(tmp_path / "m.safetensors"), str(leaves), str(shards)]
+    run = subprocess.run(program, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    measured = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in run.stdout.splitlines()}
+    assert measured["open"][0] < 10, measured
+    assert measured["open"][1] < 256, measured
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return quantize_leaf(jax.random.normal(jax.random.key(0), (64, 64)), Uniform(32, threshold=0.9))
+
+
+def copies(kernel, names):
+    return {name: jax.tree.map(lambda array: array + jnp.zeros_like(array), kernel) for name in names}
+
+
+def header_bytes(path: Path) -> int:
+    with open_checkpoint(path) as checkpoint:
+        return sum(file.stat().st_size for file in {*checkpoint.files}) - checkpoint.nbytes
+
+
+def test_a_mixture_of_experts_in_one_file_and_in_several(tmp_path, kernel):
+    tree = copies(kernel, NAMES[::9])
+    for shards in (None, 40_000):
+        save(tmp_path / "m.safetensors", tree, max_shard_bytes=shards)
+        loaded = load(tmp_path / "m.safetensors")
+        assert list(loaded) == sorted(tree)
+        for leaf in loaded.values():
+            assert all(jnp.array_equal(a, b) for a, b in zip(leaf.planes, kernel.planes, strict=True))
+        if shards is None:
+            assert header_bytes(tmp_path / "m.safetensors") < 200 * len(tree)
+
+
+def test_bytes_a_leaf_with_measured_errors(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((64, 64)).astype(np.float32) for name in NAMES[:60]}
+    save_file(weights, tmp_path / "m.safetensors")
+    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", Uniform(32))
+    assert header_bytes(tmp_path / "q.safetensors") < 240 * len(weights)
+
+
+def test_loading_compiles_nothing(tmp_path):
+    """Leaves of many sizes, each of which would ask for a program of its own."""
+    tree = {
+        f"w{n}": quantize_leaf(np.linspace(-1, 1, n, dtype=np.float32), btc_jax.Multilevel(width=4)) for n in (40, 70)
+    }
+    sizes = jax.tree.map(np.asarray, tree)
+    save(tmp_path / "m.safetensors", sizes)
+    program = f"""
+import jax, btc_jax
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, _, **more: compiled.append(event))
+btc_jax.load({str(tmp_path / "m.safetensors")!r})
+assert btc_jax.verify({str(tmp_path / "m.safetensors")!r}).ok
+assert not [event for event in compiled if "compile" in event], compiled
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_few_files_are_open_at_a_time(tmp_path, kernel, monkeypatch):
+    monkeypatch.setattr(handles, "MAX_OPEN", 3)
+    tree = copies(kernel, NAMES[:10])
+    save(tmp_path / "m.safetensors", tree, max_shard_bytes=1)
+    before = len(os.listdir("/proc/self/fd"))
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        for path in [*tree, *reversed(tree)]:
+            checkpoint.read(path)
+            assert len(os.listdir("/proc/self/fd")) <= before + 3
+        first = checkpoint.files[1]
+        content = first.read_bytes()
+        first.unlink()
+        path = sorted(tree)[0]
+        list(map(checkpoint.read, sorted(tree)[5:]))
+        with pytest.raises(btc_jax.BTCFormatError, match="removed while the checkpoint was open"):
+            checkpoint.read(path)
+        first.write_bytes(content)
+        with pytest.raises(btc_jax.BTCFormatError, match="replaced while the checkpoint was open"):
+            checkpoint.read(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_too_many_leaves_are_refused_before_any_is_quantized(tmp_path, monkeypatch):
+    save_file({f"{i}.weight": np.ones((64, 64), np.float32) for i in range(9)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr("btc_jax.stream.compress.quantize_leaf", None)
+    monkeypatch.setattr("btc_jax.checkpoint.write.MAX_SHARDS", 8)
+    with pytest.raises(ValueError, match=r"9 leaves would be split into 9 files.*raise max_shard_bytes"):
+        compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", max_shard_bytes=1)
+    monkeypatch.setattr("btc_jax.checkpoint.header.MAX_TEXT", 1000)
+    with pytest.raises(ValueError, match=r"9 leaves need a header of .*max_shard_bytes"):
+        compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
+    assert os.listdir(tmp_path) == ["m.safetensors"]
