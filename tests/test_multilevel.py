@@ -24,7 +24,8 @@ from btc_jax import (
 )
 from btc_jax.seal import SEAL
 from tests import oracle
-from tests.hostile.forge import checkpoint, crc, manifest
+from tests.hostile.forge import checkpoint, manifest, packed_format
+from tests.hostile.forge import packed as packed_record
 
 FEW = settings(max_examples=15, deadline=None)
 LEAF = (50, 61)
@@ -451,20 +452,11 @@ def test_files_give_back_every_bit(tmp_path, width):
 
 def forged(folder, changes=(), header=(0x20, 0x28), planes=((2, 1), (2, 1)), order="stored", shape=(64,)):
     """A file of one leaf of two blocks: widths 2 by their headers, or what is said instead."""
-    parts = {f"plane{i}": ("U32", [rows, words]) for i, (rows, words) in enumerate(planes)}
-    parts |= {f"plane{i}": ("U32", [0, 1]) for i in range(len(planes), 8)}
-    data = {name: bytes(4 * math.prod(dims)) for name, (_, dims) in parts.items()}
-    for name, code, array in (
-        ("centre", "F32", np.zeros(1, np.float32)),
-        ("header", "U8", np.array(header, np.uint8)),
-        ("step", "F32", np.ones(1, np.float32)),
-    ):
-        parts[name], data[name] = (code, list(array.shape)), array.tobytes()
-    tensors = [[f"w#{name}", code, dims, crc(data[name])] for name, (code, dims) in parts.items()]
+    numbers = np.zeros(1, np.float32).tobytes(), bytes(header), np.ones(1, np.float32).tobytes()
+    data = SEAL.tobytes() + b"".join(numbers) + b"".join(bytes(4 * rows * words) for rows, words in planes)
     codec = {"id": "multilevel", "block_size": 32, "width": None} | dict(changes)
-    record = {"path": "w", "kind": "packed", "shape": list(shape), "dtype": "float32", "tensors": tensors}
-    fields = manifest(record | {"codec": codec, "order": order})
-    return checkpoint(folder / "m.safetensors", fields, {f"w#{name}": part for name, part in data.items()})
+    fields = manifest([packed_format(codec, order)], [packed_record(data, list(shape))])
+    return checkpoint(folder / "m.safetensors", fields, {"w": data})
 
 
 def test_the_forged_file_is_sound_without_a_lie(tmp_path):
