@@ -124,9 +124,9 @@ def test_variables_of_ones_own(file, pack):
     net, expected = nnx.merge(graphdef, loaded), nnx.merge(graphdef, tree)
     assert len(jax.tree.leaves(nnx.state(net, nnx.Param), is_leaf=is_packed)) == 2
     x = jnp.ones((1, 64))
-    assert jnp.array_equal(net(x), expected(x))  # pyright: ignore
-    assert loaded["kernel"].get_metadata() == state["kernel"].get_metadata()
-    assert loaded["bias"].get_metadata() == state["bias"].get_metadata()
+    assert jnp.array_equal(net(x), expected(x))
+    assert loaded["kernel"].get_metadata() == state["kernel"].get_metadata()  # pyright: ignore
+    assert loaded["bias"].get_metadata() == state["bias"].get_metadata()  # pyright: ignore
     again = load(file, like=tree)
     assert jax.tree.structure(again) == jax.tree.structure(tree)
     assert type(again["kernel"]) is MyParam
