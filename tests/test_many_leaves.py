@@ -54,16 +54,15 @@ if shards is None:
     assert measured("verify", lambda: btc_jax.verify(file)).ok
 wanted = {name: i for i, name in list(enumerate(names))[:: leaves // 100]}
 loaded = measured("load", lambda: btc_jax.load(file, select="model.layers.[0-9].*"))
-assert len(loaded) == 7680
+assert len(loaded) == min(7680, leaves)
 for name, leaf in loaded.items():
     assert name not in wanted or int(leaf.planes[0][0, 0]) == wanted[name]
 """
 
 
-@pytest.mark.parametrize("shards", [None, SHARDS], ids=["file", "files"])
-def test_100_000_leaves(tmp_path, shards):
+@pytest.mark.parametrize(("leaves", "shards"), [(LEAVES, None), (3 * SHARDS, SHARDS)], ids=["leaves", "files"])
+def test_as_many_as_are_promised(tmp_path, leaves, shards):
     """In a process without the type checker that follows each call, and with few files that may be open."""
-    leaves = LEAVES // SHARDS * SHARDS
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "m.safetensors"), str(leaves), str(shards)]
     run = subprocess.run(program, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

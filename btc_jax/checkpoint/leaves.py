@@ -47,7 +47,7 @@ def record_of(path: str, leaf: Any) -> LeafRecord:
     check_shape(getattr(leaf, "shape", ()), path)
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         raise ValueError(f"{path or 'the tree'} was deleted or donated, so its values are gone")
-    if is_packed(leaf):
+    if isinstance(leaf, BTCTensor):
         return _packed(path, leaf)
     if _is_key(leaf):
         words = list(jax.eval_shape(jax.random.key_data, leaf).shape[leaf.ndim :])

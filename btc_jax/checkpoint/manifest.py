@@ -235,7 +235,8 @@ def _packed(path: str, how: dict[str, Any], shape: Any, crc: Any, nbytes: Any, *
         raise BTCFormatError(f"leaf {path!r} has {str(nbytes)[:60]} bytes")
     details = {"codec": how["codec"], "order": how["order"]}
     if error:
-        details["error"] = _error(*error, path)
+        (values,) = error
+        details["error"] = _error(values, path)
     tensor = packed_tensor(path, nbytes, _checksum(crc, path))
     return LeafRecord(path, "packed", check_shape(shape, path), how["dtype"], (tensor,), details)
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec, check_registered, codec_from_json
@@ -93,7 +94,7 @@ def check_format(codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dty
 
 
 def _refuse_without_values(array: Any) -> None:
-    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, Tracer):
         raise TypeError(f"it holds {str(array)[:60]} ({type(array).__name__}) in place of an array of values")
     if isinstance(array, jax.Array) and array.is_deleted():
         raise ValueError("its arrays were deleted or donated, so its values are gone")

@@ -94,7 +94,7 @@ def open_metadata(data: bytes, what: str) -> dict[str, Any]:
         BTCIntegrityError: its checksum is wrong.
     """
     try:
-        found = json.loads(data) if parsed_nbytes(data.decode()) <= MAX_PARSED else None
+        found: Any = json.loads(data) if parsed_nbytes(data.decode()) <= MAX_PARSED else None
         text, crc = found[FORMAT], found[f"{FORMAT}_crc32c"]
         stored = crc32c(text.encode())
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:

@@ -20,7 +20,10 @@ def records_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[LeafRecord]:
     Raises:
         TypeError, ValueError: a leaf cannot be stored; the message names it.
     """
-    return [record_of(*pair) if first is None else _tied(*pair, first) for *pair, first in _with_ties(paths, leaves)]
+    return [
+        record_of(path, leaf) if first is None else _tied(path, leaf, first)
+        for path, leaf, first in _with_ties(paths, leaves)
+    ]
 
 
 def stored_leaves(records: Sequence[LeafRecord], leaves: Sequence[Any]) -> list[StoredLeaf]:

@@ -66,10 +66,10 @@ def containers() -> Any:
     return {
         "boxes": {
             "dense": nn.Partitioned(np.ones((2, 2), np.float32), ("a", None)),
-            "packed": nn.LogicallyPartitioned(packed((4, 16), Uniform(8)), (("a", "b"), "c")),
+            "packed": nn.LogicallyPartitioned(packed((4, 16), Uniform(8)), (("a", "b"), "c")),  # pyright: ignore
         },
         "frozen": FrozenDict({"a": {"b": np.int8(1)}, "c": nnx.Cache(np.int8(2))}),
-        "named": nnx.State({"kernel": named, "count": nnx.RngCount(np.uint32(1), tag="t")}),
+        "named": nnx.State({"kernel": named, "count": nnx.RngCount(np.ones((), np.uint32), tag="t")}),  # pyright: ignore
         "ordered": OrderedDict(z=np.int8(1), a=small),
         "list": [np.int32(1), (np.int32(2),), [], ()],
         "point": Point(np.float32(1), {"y": small}),

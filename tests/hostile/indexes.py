@@ -86,7 +86,7 @@ def shards_of_all_leaves(folder: Path) -> Path:
         listed.append([file.name, crc(text(fields).encode()), len(names)])
         homes |= dict.fromkeys(names, file.name)
     written = {"version": 1, "tree": ["paths", len(homes), 0], "shards": listed}
-    homes |= {names[-1]: "m-0.safetensors"}
+    homes[next(reversed(homes))] = "m-0.safetensors"
     path = folder / "m.safetensors.index.json"
     path.write_text(text({"metadata": signed(written) | {"total_size": len(homes)}, "weight_map": homes}))
     return path
