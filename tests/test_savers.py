@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def test_flax_serialization_within_other_states():
     packed = tree({"bits": 4.5})
     dense = {"bias": jnp.ones(3)}
     state = train_state.TrainState.create(apply_fn=print, params=dense, tx=optax.adam(1e-3)).replace(params=packed)
-    restored = serialization.from_bytes(state, serialization.to_bytes(state))
+    restored: Any = serialization.from_bytes(state, serialization.to_bytes(state))
     assert_equal(restored.params, packed)
 
 

@@ -326,7 +326,8 @@ class Normalized(nn.Module):
 
 @pytest.mark.parametrize("norm", [nn.WeightNorm, nn.SpectralNorm])
 def test_what_linen_normalizes_stays_dense(norm):
-    module, x = Normalized(norm), jnp.ones((2, 64))
+    module: Any = Normalized(norm)
+    x = jnp.ones((2, 64))
     variables = module.init(jax.random.key(0), x)
     packed = btc_quantize(variables, bits=4.5)
     reasons = {row.path: row.reason for row in btc_plan(variables, bits=4.5).rows}
