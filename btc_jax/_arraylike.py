@@ -18,7 +18,19 @@ _OPERATORS = {
     "__index__",
 }
 _OF_OBJECTS = {*dir(object), "__copy__", "__deepcopy__", "__module__", "__slots__", "__weakref__"}
-_PLACES = {"sharding", "device", "devices", "committed", "is_fully_addressable", "is_fully_replicated"}
+_PLACES = {
+    "sharding",
+    "device",
+    "devices",
+    "committed",
+    "is_deleted",
+    "is_fully_addressable",
+    "is_fully_replicated",
+    "is_ready",
+    "platform",
+}
+# Concrete arrays have these, `jax.Array` does not declare them.
+_CONCRETE = {"aval", "clone", "tobytes", "tolist", "weak_type", "__dlpack__", "__dlpack_device__"}
 
 
 class BehavesAsArray:
@@ -26,6 +38,9 @@ class BehavesAsArray:
 
     Each is that of the decoded array, except where the array lies, which its own arrays tell.
     """
+
+    # As jax.Array: numpy arrays and numbers on the left of an operator leave it to the reflected one, also under jit.
+    __array_priority__ = 100
 
     if TYPE_CHECKING:
 
@@ -67,12 +82,19 @@ class BehavesAsArray:
 
         def __init_subclass__(cls) -> None:
             own = {*vars(cls), *cls.__annotations__}
-            for name in sorted(((set(dir(jax.Array)) - _OF_OBJECTS) | _OPERATORS | _PLACES) - own):
+            for name in sorted(((set(dir(jax.Array)) - _OF_OBJECTS) | _OPERATORS | _PLACES | _CONCRETE) - own):
                 if name.startswith("_") and not name.startswith("__"):
                     continue
-                kind = _place if name in _PLACES else _operator if name.startswith("__") else _attribute
-                setattr(cls, name, kind(name))
+                setattr(cls, name, _kind(name)(name))
             _pass_to_lax(cls)
+
+
+def _kind(name: str) -> Any:
+    if name in _PLACES:
+        return _place
+    # Operators are looked up in the class, so they are functions there.
+    is_operator = name.startswith("__") and not isinstance(getattr(jax.Array, name, None), property)
+    return _operator if is_operator else _attribute
 
 
 def _attribute(name: str) -> property:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from btc_jax._typing import Array, PyTree
 
@@ -27,8 +27,10 @@ def staging() -> bool:
 
 def gathered(leaf: Array) -> Array:
     """The whole leaf on one device; one that is there, or traced, as it is."""
-    if isinstance(leaf, Tracer) or len(leaf.devices()) == 1:
+    if isinstance(leaf, Tracer) or isinstance(leaf.sharding, SingleDeviceSharding):
         return leaf
+    if len(leaf.devices()) == 1:
+        return jax.device_put(leaf, SingleDeviceSharding(*leaf.devices()))
     if not leaf.is_fully_replicated:
         leaf = jax.device_put(leaf, NamedSharding(_mesh_of(leaf), PartitionSpec()))
     return leaf.addressable_shards[0].data
@@ -38,8 +40,16 @@ def like_leaf(tree: PyTree, leaf: Any) -> PyTree:
     """Arrays from one device where `leaf` is: whole on each device of its mesh, and bound to a place only if it is."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.committed:
         return jax.tree.map(_unbound, tree)
-    whole = leaf.sharding if len(leaf.devices()) == 1 else NamedSharding(_mesh_of(leaf), PartitionSpec())
+    alone = isinstance(leaf.sharding, SingleDeviceSharding)
+    whole = leaf.sharding if alone else NamedSharding(_mesh_of(leaf), PartitionSpec())
     return jax.tree.map(lambda array: jax.device_put(array, whole), tree)
+
+
+def constants(tree: PyTree) -> PyTree:
+    """Arrays that a `jax.shard_map` closes over, off the mesh: it cannot index those whose mesh is not manual."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.tree.map(lambda array: array if isinstance(array, Tracer) else np.asarray(array), tree)
 
 
 def off_mesh(function: Callable[_P, _R]) -> Callable[_P, _R]:

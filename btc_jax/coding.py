@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from btc_jax._errors import LeafError
-from btc_jax._mesh import automatic, gathered, like_leaf, off_mesh, staging
+from btc_jax._mesh import automatic, constants, gathered, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, ArrayLike, Float, Order
 from btc_jax._xla import apart
 from btc_jax.blocks import axes, inverse, join, split, tap_sizes, transformed
@@ -64,6 +64,7 @@ def unpack(
     planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order
 ) -> Array:
     """The leaf that `pack` packed, as the codec has it, in `dtype`."""
+    planes, header = constants((planes, dict(header)))
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
     planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size), shape)
@@ -176,7 +177,7 @@ def _whole_planes(
     Raises:
         TypeError: a plane has other rows than the widths of the blocks ask for.
     """
-    if all(len(plane) == blocks for plane in planes) or staging() or not all(map(_on_cpu, (*planes, *header.values()))):
+    if all(len(plane) == blocks for plane in planes) or not all(map(_on_cpu, (*planes, *header.values()))) or staging():
         return tuple(planes)
     widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
     if trouble := wrong_rows(planes, codec, widths):
@@ -212,7 +213,7 @@ _transposed = jax.jit(jnp.transpose, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[int, ...], dtype: Any) -> Array:
-    return transformed(decoded, taps, back=True).transpose(permutation).astype(dtype)
+    return _narrowed(transformed(decoded, taps, back=True).transpose(permutation), dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
@@ -234,7 +235,7 @@ def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Planes, he
 
     def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
         codes = unpack_planes(rows, specs, widths, codec.block_size)
-        return codec.decode(codes, grid).astype(dtype)
+        return _narrowed(codec.decode(codes, grid), dtype)
 
     decoded = apart(decode, rows, widths, codec.grid(widths, per_block))
     return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, "stored")
@@ -255,12 +256,20 @@ def _reconstruct(codec: Codec, order: Order, leaf: Array, slope: Array) -> Array
     coded = [codec.encode(part, setting) for part in matrices]
     blocks = jnp.concatenate([_filled_up(_decoded(codec, part, setting), codec) for part in coded])
     fits = codec.fits(_stored(codec, coded, setting))
-    return join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order).astype(leaf.dtype)
+    return _narrowed(join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order), leaf.dtype)
 
 
 @_reconstruct.defjvp
 def _straight_through(codec: Codec, order: Order, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     return _reconstruct(codec, order, *primals), tangents[0]
+
+
+def _narrowed(weights: Array, dtype: Any) -> Array:
+    """In the dtype of the leaf. Its largest weights may decode to more than the dtype holds: infinity, or NaN."""
+    limits = jnp.finfo(dtype)
+    if float(limits.max) < float(jnp.finfo(jnp.bfloat16).max):
+        weights = jnp.clip(weights, float(limits.min), float(limits.max))
+    return weights.astype(dtype)
 
 
 def _decoded(codec: Codec, coded: Coded, setting: Setting) -> Array:

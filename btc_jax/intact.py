@@ -13,9 +13,10 @@ from btc_jax.seal import SEAL, broken_seal
 def changes(leaf: Any) -> str:
     """What was changed in a packed leaf, or an empty string.
 
-    JAX also builds nodes of other things than arrays, such as masks, shardings and shapes: those pass.
+    JAX also builds nodes of other things than arrays, such as masks, shardings and shapes, or of a part of
+    the arrays and `None`: those pass.
     """
-    arrays = [leaf.seal, *jax.tree.leaves((leaf.planes, leaf.header))]
+    arrays = [leaf.seal, *jax.tree.leaves((leaf.planes, leaf.header), is_leaf=lambda array: array is None)]
     if not (isinstance(leaf.header, dict) and all(isinstance(array, jax.Array | np.ndarray) for array in arrays)):
         return ""
     stack = leaf.seal.shape[:-1]

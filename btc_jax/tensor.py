@@ -144,6 +144,9 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     remove_axis = add_axis
 
+    def block_until_ready(self) -> "BTCTensor":
+        return jax.block_until_ready(self)
+
     # What a shape answers is not decoded.
 
     def __len__(self) -> int:
@@ -163,7 +166,10 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         return self.dequantize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.dequantize().__array__(dtype, copy=copy)
+        if any(isinstance(array, Tracer) for array in jax.tree.leaves(self)):
+            return self.dequantize().__array__(dtype, copy=copy)
+        with jax.ensure_compile_time_eval():  # a leaf that a traced function closes over has values, as arrays there do
+            return self.dequantize().__array__(dtype, copy=copy)
 
 
 def quantize_leaf(

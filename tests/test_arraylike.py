@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.experimental import checkify
 
 from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed, quantize_leaf
 
@@ -301,3 +302,42 @@ def test_rows_that_do_not_fit_the_widths_are_refused():
     header = {**q.header, "header": np.roll(np.asarray(q.header["header"]), 1) ^ np.uint8(0b10000000)}
     with pytest.raises(TypeError, match=r"\(40, 16\).*rows.*btc_dequantize"):
         type(q)(q.planes, header, q.shape, q.dtype, q.codec, q.order).dequantize()
+
+
+def test_numpy_on_the_left_leaves_the_operator_to_the_leaf():
+    q, x = leaf(), np.ones((3, 6), np.float32)
+    for product in (x @ q, np.float64(2) * q, np.float32(2) * q, np.full((6, 16), 2.0, np.float32) * q):
+        assert isinstance(product, jax.Array)
+        assert product.dtype == jnp.float32
+    np.testing.assert_allclose(jax.jit(lambda q: np.sqrt(4.0) * q)(q), 2 * q.dequantize())
+
+
+def test_what_only_concrete_arrays_have():
+    q = leaf()
+    assert q.tolist() == q.dequantize().tolist()
+    assert q.tobytes() == np.asarray(q).tobytes()
+    np.testing.assert_array_equal(np.from_dlpack(q), q.dequantize())
+    assert is_packed(q.block_until_ready())
+    assert q.is_ready()
+    assert not q.is_deleted()
+
+
+def test_a_closed_over_leaf_has_values_as_arrays_have():
+    q = leaf(Multilevel(slope=0.004))
+    np.testing.assert_array_equal(jax.jit(lambda x: x + np.asarray(q))(np.zeros((6, 16))), q.dequantize())
+
+
+def test_checkify_finds_no_index_out_of_bounds():
+    q = leaf(Multilevel(slope=0.004), (40, 16))
+    error, decoded = checkify.checkify(lambda q: q.dequantize(), errors=checkify.all_checks)(q)
+    error.throw()
+    np.testing.assert_array_equal(decoded, q.dequantize())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_parts_of_a_leaf_that_equinox_makes(codec):
+    tree = {"kernel": leaf(codec), "bias": jnp.zeros(16)}
+    together = eqx.combine(*eqx.partition(tree, eqx.is_inexact_array))
+    np.testing.assert_array_equal(together["kernel"], tree["kernel"])
+    with pytest.raises(TypeError, match=r"96 packed weights.*btc_reconstruct"):
+        eqx.filter_grad(lambda t: (jnp.ones(6) @ t["kernel"]).sum())(tree)

@@ -127,3 +127,29 @@ def test_positional_placements_are_gathered_too():
     one = SingleDeviceSharding(jax.devices()[5])
     packed = btc_quantize({"kernel": jax.device_put(KERNEL, one)}, bits=4.5)["kernel"]
     assert {array.sharding for array in jax.tree.leaves(packed)} == {one}
+
+
+@pytest.mark.parametrize("set_mesh", [False, True], ids=["", "set_mesh"])
+@pytest.mark.parametrize("target", [{}, {"bits": 4.5}], ids=str)
+@pytest.mark.parametrize("kind", AXES, ids=str)
+def test_a_leaf_that_a_shard_map_closes_over(kind, target, set_mesh):
+    mesh, spec = mesh_of(kind), PartitionSpec("x")
+    with inside(mesh, set_mesh):
+        packed = btc_quantize(on_mesh(mesh, PartitionSpec()), **target)["kernel"]
+        x = jax.device_put(np.ones((8, 64), np.float32), NamedSharding(mesh, spec))
+        mapped = jax.shard_map(lambda x: x @ packed, mesh=mesh, in_specs=spec, out_specs=spec)
+        expected = np.ones((8, 64), np.float32) @ np.asarray(jax.device_get(packed).dequantize())
+        for function in (mapped, jax.jit(mapped)):
+            np.testing.assert_allclose(function(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("set_mesh", [False, True], ids=["", "set_mesh"])
+@pytest.mark.parametrize("kind", AXES, ids=str)
+def test_a_mesh_of_one_device(kind, set_mesh):
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(kind, kind), devices=jax.devices()[:1])
+    with inside(mesh, set_mesh):
+        params = on_mesh(mesh, PartitionSpec("x", "y"))
+        packed = btc_quantize(params, bits=4.5)
+        assert_same_arrays(packed, btc_quantize(PARAMS, bits=4.5))
+        assert packed["kernel"].sharding == NamedSharding(mesh, PartitionSpec())
+        assert btc_metrics(params, packed).leaves[1].path == "kernel"

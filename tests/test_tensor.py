@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from btc_jax import BTCTensor, Uniform, btc_reconstruct, coding, is_packed, quantize_leaf
+from btc_jax import BTCTensor, Multilevel, Uniform, btc_reconstruct, coding, is_packed, quantize_leaf
 
 
 def packed(shape=(16, 40), codec=None, order: Any = "output-major", dtype: Any = np.float32):
@@ -191,3 +191,14 @@ def test_a_packed_leaf_stays_as_it_is():
 def test_is_packed_tells_a_packed_leaf():
     assert is_packed(packed())
     assert not is_packed(jnp.ones(3))
+
+
+@pytest.mark.parametrize("order", ["stored", "stored-taps"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+def test_the_largest_weights_of_a_narrow_dtype_stay_finite(dtype, order):
+    largest = float(jnp.finfo(dtype).max)
+    weights = np.clip(np.random.default_rng(0).standard_normal((32, 16, 3, 3)), -1, 1) * largest
+    decoded = quantize_leaf(jnp.asarray(weights, dtype), Multilevel(width=4), order).dequantize()
+    assert jnp.abs(decoded.astype(jnp.float32)).max() == largest
+    whole = btc_reconstruct({"kernel": jnp.asarray(weights, dtype)}, Multilevel(width=4))["kernel"]
+    assert jnp.isfinite(whole.astype(jnp.float32)).all()
