@@ -1,4 +1,4 @@
-"""One leaf <-> its packed arrays: blocks, codec and planes put together and jitted.
+"""One leaf -> its packed arrays: blocks, codec and planes put together and jitted.
 
 Arrays under `jax.jit` have fixed shapes, and how many rows a plane has is known only when the widths are. So packing is
 two steps with a read of a few integers in between, and cannot itself run under `jit`; `reconstruct` can.
@@ -6,7 +6,7 @@ two steps with a read of a few integers in between, and cannot itself run under 
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,14 @@ import numpy as np
 from jax.core import Tracer
 
 from btc_jax._errors import LeafError
-from btc_jax._mesh import automatic, constants, gathered, like_leaf, off_mesh, staging
+from btc_jax._mesh import automatic, gathered, like_leaf, off_mesh
 from btc_jax._typing import Array, ArrayLike, Float, Order
-from btc_jax._xla import apart
-from btc_jax.blocks import axes, inverse, join, split, tap_sizes, transformed
+from btc_jax.blocks import join, split
 from btc_jax.codecs import Codec, Coded, Setting
 from btc_jax.codecs.base import root_mean_square
-from btc_jax.planes import compact, expand, pack_planes, plane_specs, row_layout, unpack_planes
-from btc_jax.seal import SEAL, changed_arrays
+from btc_jax.decoding import narrowed, on_cpu
+from btc_jax.planes import compact, pack_planes, plane_specs, row_layout
+from btc_jax.seal import SEAL
 
 Planes = tuple[Array, ...]
 """A matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows come last."""
@@ -60,23 +60,8 @@ def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike
     return tuple(planes), header
 
 
-def unpack(
-    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any, order: Order
-) -> Array:
-    """The leaf that `pack` packed, as the codec has it, in `dtype`."""
-    planes, header = constants((planes, dict(header)))
-    permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
-    placed = tuple(shape[axis] for axis in permutation)
-    planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size), shape)
-    decoded = _unpack(planes, header, codec, placed, jnp.float32 if taps else dtype)
-    if taps:
-        return _from_frequencies(decoded, taps, inverse(permutation), dtype)
-    # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
-    return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
-
-
 def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: ArrayLike = 0.0) -> Float[Array, "..."]:
-    """`unpack(pack(leaf))` in one traced call. Its derivative is the identity (straight-through)."""
+    """What `pack` packed, decoded, in one traced call. Its derivative is the identity (straight-through)."""
     codec, slope = codec.traced(slope)
     return _reconstructed(leaf, _number(slope), codec, order)
 
@@ -162,91 +147,9 @@ _compact = jax.jit(compact, static_argnums=(2, 3))
 
 def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
     """Step 2 of packing, for one plane. On CPU numpy does it, which need not compile for each count of rows."""
-    if _on_cpu(rows):
+    if on_cpu(rows):
         return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)])
     return _compact(rows, widths, end, count)
-
-
-def _whole_planes(
-    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, blocks: int, shape: tuple[int, ...]
-) -> tuple[Any, ...]:
-    """Planes with a row for every block, so that one program fits every mix of widths.
-
-    Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in.
-
-    Raises:
-        TypeError: a plane has other rows than the widths of the blocks ask for.
-    """
-    if all(len(plane) == blocks for plane in planes) or not all(map(_on_cpu, (*planes, *header.values()))) or staging():
-        return tuple(planes)
-    widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
-    if trouble := wrong_rows(planes, codec, widths):
-        raise TypeError(changed_arrays(shape, trouble))
-    return tuple(
-        plane if len(plane) == blocks else _spread(np.asarray(plane), widths >= spec.end)
-        for plane, spec in zip(planes, plane_specs(codec.widths), strict=False)
-    )
-
-
-def wrong_rows(planes: Sequence[Any], codec: Codec, widths: np.ndarray) -> str:
-    """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
-    rows = [len(plane) for plane in planes]
-    wanted = [count for spec in plane_specs(codec.widths) if (count := int((widths >= spec.end).sum()))]
-    return "" if rows == wanted else f"its planes have {rows} rows, and the widths of its blocks ask for {wanted}"
-
-
-def _spread(rows: np.ndarray, present: np.ndarray) -> np.ndarray:
-    whole = np.zeros((len(present), rows.shape[1]), rows.dtype)
-    whole[present] = rows
-    return whole
-
-
-def _on_cpu(array: Any) -> bool:
-    """Whether numpy can look at an array at no cost. A traced one has no values."""
-    if isinstance(array, Tracer):
-        return False
-    return isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())
-
-
-_transposed = jax.jit(jnp.transpose, static_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[int, ...], dtype: Any) -> Array:
-    return _narrowed(transformed(decoded, taps, back=True).transpose(permutation), dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
-def _unpack(
-    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, shape: tuple[int, ...], dtype: Any
-) -> Array:
-    return _decode(codec, shape, dtype, planes, header)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _decode(codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Planes, header: Header) -> Array:
-    """The decoded weights in the order of the blocks, in a shape."""
-    blocks = -(-math.prod(shape) // codec.block_size)
-    if blocks == 0:
-        return jnp.zeros(shape, dtype)
-    widths, per_block = codec.unpack_header(header, blocks)
-    specs = plane_specs(codec.widths)[: len(planes)]
-    rows = [expand(plane, widths, spec.end) for plane, spec in zip(planes, specs, strict=True)]
-
-    def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
-        codes = unpack_planes(rows, specs, widths, codec.block_size)
-        return _narrowed(codec.decode(codes, grid), dtype)
-
-    decoded = apart(decode, rows, widths, codec.grid(widths, per_block))
-    return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, "stored")
-
-
-@_decode.defjvp
-def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
-    raise TypeError(
-        f"{math.prod(shape)} packed weights have no gradient. Differentiate with respect to the other leaves only "
-        "(docs/training.md), decode the tree with btc_dequantize, or quantize inside the loss with btc_reconstruct"
-    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -256,20 +159,12 @@ def _reconstruct(codec: Codec, order: Order, leaf: Array, slope: Array) -> Array
     coded = [codec.encode(part, setting) for part in matrices]
     blocks = jnp.concatenate([_filled_up(_decoded(codec, part, setting), codec) for part in coded])
     fits = codec.fits(_stored(codec, coded, setting))
-    return _narrowed(join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order), leaf.dtype)
+    return narrowed(join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order), leaf.dtype)
 
 
 @_reconstruct.defjvp
 def _straight_through(codec: Codec, order: Order, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     return _reconstruct(codec, order, *primals), tangents[0]
-
-
-def _narrowed(weights: Array, dtype: Any) -> Array:
-    """In the dtype of the leaf. Its largest weights may decode to more than the dtype holds: infinity, or NaN."""
-    limits = jnp.finfo(dtype)
-    if float(limits.max) < float(jnp.finfo(jnp.bfloat16).max):
-        weights = jnp.clip(weights, float(limits.min), float(limits.max))
-    return weights.astype(dtype)
 
 
 def _decoded(codec: Codec, coded: Coded, setting: Setting) -> Array:

@@ -1,67 +1,68 @@
-"""Whether the arrays of a packed leaf are what was packed, as far as shapes, dtypes and the seal tell."""
+"""Whether the arrays of a packed leaf are what was packed, as far as shapes, dtypes and the seal tell.
 
+Shapes and dtypes are compared also while a function is traced; values only of arrays that are there.
+"""
+
+import functools
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from btc_jax.codecs import Codec
 from btc_jax.planes import plane_specs, row_layout
 from btc_jax.seal import SEAL, broken_seal
+
+Described = tuple[tuple[int, ...], np.dtype]
+"""Shape and dtype of an array."""
 
 
 def changes(leaf: Any) -> str:
     """What was changed in a packed leaf, or an empty string.
 
-    JAX also builds nodes of other things than arrays, such as masks, shardings and shapes, or of a part of
-    the arrays and `None`: those pass.
+    JAX also builds nodes of other things than arrays, such as masks, shardings and shapes, or of a part of the arrays
+    and `None`: those pass.
     """
     arrays = [leaf.seal, *jax.tree.leaves((leaf.planes, leaf.header), is_leaf=lambda array: array is None)]
     if not (isinstance(leaf.header, dict) and all(isinstance(array, jax.Array | np.ndarray) for array in arrays)):
         return ""
-    stack = leaf.seal.shape[:-1]
-    return _header_changes(leaf, stack) or _plane_changes(leaf, stack) or _seal_changes(leaf.seal)
+    return _array_changes(leaf, leaf.seal.shape[:-1]) or _seal_changes(leaf.seal)
 
 
-def _header_changes(leaf: Any, stack: tuple[int, ...]) -> str:
-    blocks = -(-math.prod(leaf.shape) // leaf.codec.block_size)
-    wanted = {name: (stack + a.shape, np.dtype(a.dtype)) for name, a in leaf.codec.stored_header(blocks).items()}
-    found = {name: (array.shape, np.dtype(array.dtype)) for name, array in leaf.header.items()}
-    odd = next((name for name in wanted if found.get(name) != wanted[name]), None) or next(
-        iter(found.keys() - wanted), None
-    )
-    return f"its {odd!r} is {_described(found.get(odd))}, not {_described(wanted.get(odd))}" if odd else ""
-
-
-def _plane_changes(leaf: Any, stack: tuple[int, ...]) -> str:
-    specs = plane_specs(leaf.codec.widths)
-    if len(leaf.planes) > len(specs):
-        return f"it has {len(leaf.planes)} planes, not {len(specs)}"
-    for i, (plane, spec) in enumerate(zip(leaf.planes, specs, strict=False)):
-        layout = row_layout(leaf.codec.block_size, spec.bits)
-        fits = (
-            plane.shape[:-2] == stack and plane.ndim == len(stack) + 2 and plane.shape[-1] == layout.runs * layout.words
-        )
-        if not fits or plane.dtype != layout.dtype:
-            return (
-                f"its plane {i} is {_described((plane.shape, plane.dtype))}, not (rows, {layout.words}) {layout.dtype}"
-            )
+def _array_changes(leaf: Any, stack: tuple[int, ...]) -> str:
+    header, planes = _expected(leaf.codec, -(-math.prod(leaf.shape) // leaf.codec.block_size))
+    found, wanted = leaf.header | {"seal": leaf.seal}, header | {"seal": (SEAL.shape, SEAL.dtype)}
+    if odd := sorted(found.keys() ^ wanted.keys()):
+        return f"it has the arrays {sorted(found)}, not {sorted(wanted)}; {odd[0]!r} is in only one of them"
+    for name, (shape, dtype) in wanted.items():
+        if (found[name].shape, found[name].dtype) != (stack + shape, dtype):
+            return f"its {name!r} is {_described(found[name])}, not {dtype}{list(stack + shape)}"
+    if len(leaf.planes) > len(planes):
+        return f"it has {len(leaf.planes)} planes, not {len(planes)}"
+    for i, (plane, (words, dtype)) in enumerate(zip(leaf.planes, planes, strict=False)):
+        if (plane.shape[:-2], plane.shape[-1:], plane.dtype) != (stack, (words,), dtype):
+            return f"its plane {i} is {_described(plane)}, not rows of {words} {dtype}"
     return ""
 
 
+@functools.lru_cache(2**12)
+def _expected(codec: Codec, blocks: int) -> tuple[dict[str, Described], list[tuple[int, np.dtype]]]:
+    """Shape and dtype of each header array, and words and dtype of the rows of each plane."""
+    header = {name: (array.shape, np.dtype(array.dtype)) for name, array in codec.stored_header(blocks).items()}
+    layouts = [row_layout(codec.block_size, spec.bits) for spec in plane_specs(codec.widths)]
+    return header, [(layout.runs * layout.words, layout.dtype) for layout in layouts]
+
+
 def _seal_changes(seal: Any) -> str:
-    if seal.shape[-1:] != SEAL.shape or seal.dtype != SEAL.dtype:
-        return f"its seal is {_described((seal.shape, seal.dtype))}, not {_described((SEAL.shape, SEAL.dtype))}"
     found = broken_seal(seal)
-    if found is None:
-        return ""
-    if not found.any():
+    if found and not any(found):
         return (
             "its arrays became zeros, as the init of an optimizer makes them. Packed weights cannot be trained: train "
-            "other leaves (docs/training.md), or decode the tree"
+            "other leaves (btc_jax.btc_partition, docs/training.md), or decode the tree"
         )
-    return f"its seal became {found.tolist()} from {SEAL.tolist()}"
+    return f"its seal became {found}, as if weights were calculated with" if found else ""
 
 
-def _described(array: tuple[tuple[int, ...], Any] | None) -> str:
-    return "missing" if array is None else f"{array[1]}{list(array[0])}"
+def _described(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"

@@ -11,7 +11,7 @@ from flax import serialization
 from jax import export
 
 from btc_jax.checkpoint.manifest import canonical
-from btc_jax.codecs import check_registered, codec_from_json
+from btc_jax.codecs import Codec, check_registered, codec_from_json
 from btc_jax.tensor import BTCTensor
 
 NAME = "btc_jax.BTCTensor"
@@ -27,7 +27,12 @@ def register() -> None:
 
 def _to_state(leaf: BTCTensor) -> dict[str, Any]:
     planes = {str(i): plane for i, plane in enumerate(leaf.planes)}
-    return {"planes": planes, "header": dict(leaf.header), "seal": leaf.seal, NAME: _static(leaf)}
+    return {
+        "planes": planes,
+        "header": dict(leaf.header),
+        "seal": leaf.seal,
+        NAME: _text(leaf.shape, leaf.dtype, leaf.codec, leaf.order),
+    }
 
 
 def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
@@ -41,9 +46,9 @@ def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
     return BTCTensor(planes, dict(state["header"]), shape, dtype, codec, order, state["seal"])
 
 
-def _static(leaf: BTCTensor) -> str:
-    check_registered(leaf.codec)
-    return canonical([leaf.shape, np.dtype(leaf.dtype).name, leaf.codec.to_json(), leaf.order])
+def _text(shape: tuple[int, ...], dtype: Any, codec: Codec, order: str) -> str:
+    check_registered(codec)
+    return canonical([shape, np.dtype(dtype).name, codec.to_json(), order])
 
 
 def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any]:
@@ -52,9 +57,7 @@ def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any]:
 
 
 def _to_bytes(static: Any) -> bytes:
-    shape, dtype, codec, order = static
-    check_registered(codec)
-    return canonical([shape, np.dtype(dtype).name, codec.to_json(), order]).encode()
+    return _text(*static).encode()
 
 
 def _from_bytes(data: bytes) -> Any:

@@ -19,6 +19,7 @@ from btc_jax._typing import Array, Order
 from btc_jax.allocate import Item, allocate, usual_target
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec
+from btc_jax.decoding import unpack
 from btc_jax.intact import changes
 from btc_jax.seal import SEAL, changed_arrays
 
@@ -45,7 +46,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         dtype: dtype of the leaf, and of what `dequantize` returns.
         codec: the codec that wrote it.
         order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
-        seal: two bytes that show whether the arrays were changed; see `btc_jax.seal`.
+        seal: two numbers that show whether the arrays were changed; see `btc_jax.seal`.
 
     Raises:
         TypeError: if a `jax.tree` function changed the arrays inside: arithmetic, a cast, or `zeros_like`, as in the
@@ -119,8 +120,9 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
                 f"{math.prod(self.stack)} packed leaves of shape {self.shape} are stacked; map over them with jax.vmap "
                 "or lax.scan, or decode them (btc_jax.btc_dequantize) before they are stacked"
             )
+        self.__post_init__()  # a device may have been computing the arrays before
         dtype = jax.dtypes.canonicalize_dtype(self.dtype if dtype is None else dtype)
-        return coding.unpack(self.planes, self.header, self.codec, self.shape, dtype, self.order)
+        return unpack(self.planes, self.header, self.seal, self.codec, self.shape, dtype, self.order)
 
     def __repr__(self) -> str:
         whole = all(hasattr(array, "dtype") for array in jax.tree.leaves(self))

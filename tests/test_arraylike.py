@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jax.experimental import checkify
 
-from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed, quantize_leaf
+from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed, quantize_leaf, seal
 
 CODECS = [Uniform(32, threshold=0.0), Multilevel(slope=0.004)]
 
@@ -251,6 +251,14 @@ def test_layers_that_call_lax(codec):
         lambda t: jax.tree.map(lambda a: jnp.roll(a, 1), t),
         lambda t: jax.tree.map(lambda a, b: (a + b) // jnp.asarray(2, a.dtype), t, t),
         lambda t: jax.tree.map(lambda a: jnp.full_like(a, 7), t),
+        lambda t: jax.tree.map(jnp.abs, t),
+        lambda t: jax.tree.map(lambda a: jnp.maximum(a, jnp.zeros_like(a)), t),
+        lambda t: jax.tree.map(jnp.round, t),
+        lambda t: jax.tree.map(lambda a: jnp.where(jnp.abs(a).astype(jnp.float32) < 0.05, jnp.zeros_like(a), a), t),
+        lambda t: jax.tree.map(lambda a: jnp.clip(a, jnp.asarray(0, a.dtype), jnp.asarray(20, a.dtype)), t),
+        lambda t: jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), t),
+        lambda t: jax.tree.map(lambda a: only_floating(a, lambda a: a + jnp.asarray(0.01, a.dtype)), t),
+        lambda t: jax.tree.map(lambda a: only_floating(a, lambda a: a * jnp.asarray(0.9, a.dtype)), t),
         lambda t: jax.tree.map(lambda a: np.asarray(a)[..., :1], t),
         lambda t: jax.tree.map(lambda a: a.reshape(-1), t),
         lambda t: jax.tree.map(lambda a: a.astype(jnp.int32), t),
@@ -262,6 +270,29 @@ def test_layers_that_call_lax(codec):
 def test_a_leaf_changed_by_a_tree_function_is_refused(change, codec):
     with pytest.raises(TypeError, match=r"packed lea.*\(6, 16\).*btc_dequantize"):
         change({"kernel": leaf(codec)})
+
+
+def only_floating(array, function):
+    return function(array) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    "function", [lambda a: a + a, lambda a: a[::-1], jnp.ones_like, lambda a: only_floating(a, jnp.abs)]
+)
+def test_a_leaf_changed_under_jit_decodes_to_nan(function, codec):
+    q = leaf(codec)
+    for use in (lambda t: jax.tree.map(function, t).dequantize(), lambda t: jax.tree.map(function, t) @ jnp.ones(16)):
+        assert np.isnan(jax.jit(use)(q)).all()
+        assert np.isnan(jax.jit(lambda use=use: use(q))()).all()
+
+
+def test_leaves_that_are_computed_are_not_waited_for(monkeypatch):
+    """Values of a leaf are not read while it is built: a step that returns packed leaves stays asynchronous."""
+    q = leaf()
+    monkeypatch.setattr(seal, "_is_known", lambda array: False)
+    monkeypatch.setattr(type(q.seal), "__array__", lambda *_, **__: pytest.fail("the seal was read"))
+    assert is_packed(jax.jit(lambda t: t)(q))
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -19,6 +19,7 @@ ROOMS = [
         "policy",
         "planes",
         "intact",
+        "decoding",
         "coding",
         "allocate",
         "tensor",

@@ -121,7 +121,7 @@ def test_optimizer_states_are_refused(make, codec):
     ],
 )
 def test_casting_leaves_is_refused(cast):
-    with pytest.raises(TypeError, match=r"\(16, 40\).*bfloat16\[20\].*btc_dequantize"):
+    with pytest.raises(TypeError, match=r"\(16, 40\).*bfloat16\[.*btc_dequantize"):
         jax.tree.map(cast, {"kernel": packed()})
 
 
@@ -164,7 +164,7 @@ def test_iterates_over_rows():
 
 
 def test_slicing_by_vmap_is_refused():
-    with pytest.raises(ValueError, match=r"seal of type uint8\[2\]"):  # by JAX: nothing in a leaf has its first axis
+    with pytest.raises(ValueError, match=r"seal of type float16\[2\]"):  # by JAX: nothing in a leaf has its first axis
         jax.vmap(lambda t: t.dequantize())(packed((64, 64), Uniform(64, threshold=0.0)))
 
 

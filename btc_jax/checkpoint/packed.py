@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.codecs import Codec, check_registered, codec_from_json
-from btc_jax.coding import wrong_rows
+from btc_jax.decoding import wrong_rows
 from btc_jax.intact import changes
 from btc_jax.planes import plane_specs, row_layout
 from btc_jax.seal import SEAL, changed_arrays
@@ -70,8 +70,10 @@ def from_bytes(data: np.ndarray, codec: Codec, order: Any, shape: tuple[int, ...
         raise ValueError(f"{blocks} blocks cannot be held by {data.nbytes} bytes")
     bytes_ = _Bytes(data)
     seal = bytes_.next(SEAL.shape, SEAL.dtype)
-    if not np.array_equal(seal, SEAL):
-        raise ValueError(f"it begins with {seal.tolist()} and not with the seal of a packed leaf, {SEAL.tolist()}")
+    if seal.tobytes() != SEAL.tobytes():
+        raise ValueError(
+            f"it begins with {seal.tobytes().hex()}, not with the seal of packed leaves, {SEAL.tobytes().hex()}"
+        )
     header = {name: bytes_.next(array.shape, array.dtype) for name, array in codec.stored_header(blocks).items()}
     planes = tuple(bytes_.next(*plane) for plane in _planes(codec, codec.read_widths(header, blocks)))
     if bytes_.left:

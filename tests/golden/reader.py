@@ -28,8 +28,8 @@ def _leaf(how: dict[str, Any], shape: list[int], data: bytes) -> np.ndarray:
     codec = how["codec"]
     blocks = -(-math.prod(shape) // codec["block_size"])
     decode = _uniform if codec["id"] == "uniform" else _multilevel
-    assert data[:2] == bytes([0xB7, 0x9C])
-    weights = decode(codec, blocks, data[2:]).reshape(-1)[: math.prod(shape)]
+    assert data[:4] == bytes.fromhex("b1504ca2")
+    weights = decode(codec, blocks, data[4:]).reshape(-1)[: math.prod(shape)]
     dtype = getattr(ml_dtypes, how["dtype"]) if hasattr(ml_dtypes, how["dtype"]) else how["dtype"]
     return _placed(weights, shape, how["order"]).astype(dtype)
 

@@ -77,7 +77,7 @@ def packed_bytes_of_a_seal(folder: Path) -> Path:
 
 
 def seal_of_zeros(folder: Path) -> Path:
-    return _packed(folder, uniform(seal=b"\0\0"))
+    return _packed(folder, uniform(seal=bytes(4)))
 
 
 def seal_turned_round(folder: Path) -> Path:
