@@ -25,6 +25,15 @@ def staging() -> bool:
     return isinstance(jax.numpy.zeros((), np.uint8), Tracer)
 
 
+def refuse_staging(path: str) -> None:
+    """Raises where values are to be read on the host, and operations are only recorded."""
+    if staging():
+        raise TypeError(
+            f"{path} is read on the host while jax.jit, scan or the like trace a function, even if that closes over "
+            "its values; do it before the function is called, or use btc_reconstruct inside"
+        )
+
+
 def gathered(leaf: Array) -> Array:
     """The whole leaf on one device; one that is there, or traced, as it is."""
     if isinstance(leaf, Tracer) or isinstance(leaf.sharding, SingleDeviceSharding):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from btc_jax._mesh import refuse_staging
 from btc_jax.policy import Decision, NothingPackedError
 from btc_jax.policy.kinds import split_path
 from btc_jax.policy.training import REASONS
@@ -26,6 +27,7 @@ def refuse_without_values(leaves: Sequence[Any], decisions: Sequence[Decision]) 
             )
         if decision.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees")
+    refuse_staging(next((how.path for how in decisions if how.codec is not None), "the tree"))
 
 
 def refuse_nothing_to_do(leaves: Sequence[Any], decisions: Sequence[Decision]) -> None:

@@ -1,6 +1,7 @@
 """One array at two paths of a tree, such as an embedding that is also the output layer: packed once, counted once."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,14 +17,23 @@ T = TypeVar("T")
 def tie(leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[Decision]:
     """Makes leaves that are one object, and are coded alike, follow the first of them.
 
-    Where the policy tells them apart, as by a rule that leaves one dense, they stay separate.
+    Where the policy tells them apart, as by a rule that leaves one dense or names another order, they stay separate.
+    The larger of their weights counts.
     """
-    first: dict[Any, Decision] = {}
+    alike: dict[Any, list[Decision]] = defaultdict(list)
+    for leaf, how in zip(leaves, decisions, strict=True):
+        alike[_key(leaf, how)].append(how)
     found = []
     for leaf, how in zip(leaves, decisions, strict=True):
-        origin = first.setdefault((id(leaf), how.codec), how) if can_be_tied(leaf) else how
-        found.append(how if origin is how else _following(origin, how.path))
+        origin, *others = alike[_key(leaf, how)]
+        weight = max(one.weight for one in (origin, *others))
+        found.append(dataclasses.replace(how, weight=weight) if origin is how else _following(origin, how.path))
     return found
+
+
+def _key(leaf: Any, how: Decision) -> Any:
+    """The same for leaves that can be one."""
+    return (id(leaf), how.codec, None if how.free else how.order) if can_be_tied(leaf) else how.path
 
 
 def first_paths(leaves: Mapping[str, Any]) -> dict[str, str]:

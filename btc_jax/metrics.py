@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax._mesh import gathered, off_mesh
+from btc_jax._mesh import gathered, off_mesh, refuse_staging
 from btc_jax._refuse import refuse_other_paths, refuse_other_trees
 from btc_jax._ties import first_paths
 from btc_jax._typing import Array, ArrayLike, PyTree
@@ -163,6 +163,7 @@ def btc_metrics(
         >>> metrics.bytes_before, metrics.bytes_after, [leaf.reason for leaf in metrics.leaves]
         (16640, 4618, ['bias', 'default'])
     """
+    refuse_staging("the tree")
     before, after = dict_of(params), dict_of(quantized)
     refuse_other_paths(before, after)
     decisions = _decisions(params, one_policy(codec, policy))

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from btc_jax import coding
 from btc_jax._arraylike import BehavesAsArray
-from btc_jax._mesh import like_leaf
+from btc_jax._mesh import like_leaf, refuse_staging
 from btc_jax._typing import Array, Order
 from btc_jax.allocate import Item, allocate, usual_target
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
@@ -197,6 +197,7 @@ def quantize_leaf(
         raise TypeError(
             f"{path} is traced; the widths of its blocks are read on the host. Use btc_reconstruct inside jit"
         )
+    refuse_staging(path)
     check_order(order, np.shape(leaf), path)
     dtype = np.dtype(getattr(leaf, "dtype", float))
     if not jnp.issubdtype(dtype, jnp.floating):

@@ -12,6 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from btc_jax import coding
+from btc_jax._errors import ArgumentError
+from btc_jax._mesh import staging
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
 from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
@@ -159,7 +161,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
     leaves, decisions, treedef = decide(params, policy)
     refuse_nothing_to_do(leaves, decisions)
     for leaf, how in zip(leaves, decisions, strict=True):
-        if how.codec is not None and how.codec.adaptive and isinstance(leaf, Tracer):
+        if how.codec is not None and how.codec.adaptive and (isinstance(leaf, Tracer) or staging()):
             raise TypeError(
                 f"{how.path} is traced, and {how.codec!r} adapts to a target; share out the bits outside, and pass the "
                 "result: policy=btc_allocate(params, bits=4.5)"
@@ -207,6 +209,11 @@ def choose(
         shared = taken if target else []
     beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
     found = {}
+    if target and target.named and not taken:
+        raise ArgumentError(
+            target.kind,
+            "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
+        )
     if target and shared:
         choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}

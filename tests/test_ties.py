@@ -201,3 +201,19 @@ def test_numpy_arrays_and_nnx_variables():
     state = nnx.state(Tied())
     first, second = flatten(btc_quantize(state))[1]
     assert first is second
+
+
+def test_rules_of_another_order_keep_tied_leaves_apart():
+    w = jax.random.normal(jax.random.key(0), (64, 64))
+    policy = Policy(rules=(Rule("c", Multilevel(), "stored"),))
+    packed = btc_quantize({"a": w, "c": w}, policy=policy, bits=4)
+    assert (packed["a"].order, packed["c"].order) == ("output-major", "stored")
+
+
+def test_the_larger_weight_of_tied_leaves_counts():
+    keys = jax.random.split(jax.random.key(0))
+    tree = {"a": (w := jax.random.normal(keys[0], (64, 64))), "c": w, "d": jax.random.normal(keys[1], (64, 64))}
+    one, other = (
+        btc_quantize(tree, policy=Policy(rules=(Rule(name, weight=50.0),)), bits=4)["a"] for name in ("a", "c")
+    )
+    assert one.nbytes == other.nbytes > btc_quantize(tree, bits=4)["a"].nbytes

@@ -256,3 +256,19 @@ def test_moments_of_a_train_state_in_training_pass_through():
         packed: Any = btc_quantize(state, bits=bits)
         assert is_packed(packed.params["kernel"])
         assert packed.opt_state[0].nu["kernel"] is before[0].nu["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, "optimizer state") for name in ("z", "m1", "accum", "fisher", "hessian", "prev", "delta", "updates")),
+        *((name, "moving average") for name in ("polyak", "swa", "shadow", "lookahead", "averaged")),
+        *((name, "default") for name in ("teacher", "target", "generator", "second")),
+    ],
+)
+def test_what_mirrors_the_parameters_next_to_them(name, reason):
+    leaves = {"encoder": {"kernel": jax.ShapeDtypeStruct((64, 64), np.float32)}}
+    rows = btc_plan({"params": leaves, name: leaves}).rows
+    assert {row.path.split("/")[0]: row.reason for row in rows} == {"params": "default", name: reason}
+    other = {"other": {"kernel": jax.ShapeDtypeStruct((64, 64), np.float32)}}
+    assert {row.reason for row in btc_plan({"params": leaves, name: other}).rows} == {"default"}  # a layer of that name

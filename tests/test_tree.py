@@ -12,15 +12,18 @@ from flax import nnx
 
 from btc_jax import (
     BTCPolicyError,
+    Multilevel,
     Policy,
     Rule,
     Uniform,
+    btc_allocate,
     btc_dequantize,
     btc_metrics,
     btc_plan,
     btc_quantize,
     btc_reconstruct,
     is_packed,
+    quantize_leaf,
 )
 
 
@@ -179,3 +182,34 @@ def test_plain_dataclasses_registered_by_users():
 def test_progress_is_no_noise_where_there_is_no_terminal(capfd):
     btc_quantize({"kernel": kernel()}, progress=True)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: btc_quantize({"kernel": w}, bits=4.5),
+        lambda w: btc_quantize({"kernel": w}),
+        lambda w: btc_allocate({"kernel": w}, bits=4.5),
+        lambda w: quantize_leaf(w, Uniform(), path="kernel"),
+        lambda w: btc_reconstruct({"kernel": w}, Multilevel()),
+    ],
+)
+def test_values_that_a_traced_function_closes_over_are_not_read_on_the_host(use):
+    w = jnp.ones((64, 64))
+    with pytest.raises(TypeError, match=r"^kernel is .*(btc_reconstruct|btc_allocate)"):
+        jax.jit(lambda x: (use(w), x))(1.0)
+    assert use(w) is not None
+
+
+def test_metrics_are_not_measured_while_a_function_is_traced():
+    params = {"kernel": jnp.ones((64, 64))}
+    packed = btc_quantize(params)
+    with pytest.raises(TypeError, match=r"while jax\.jit"):
+        jax.jit(lambda x: (btc_metrics(params, packed), x))(1.0)
+
+
+def test_a_target_for_a_tree_that_is_packed_is_refused():
+    packed = btc_quantize({"kernel": jnp.ones((64, 64))})
+    with pytest.raises(ValueError, match=r"^bits .*packed already.*btc_dequantize"):
+        btc_quantize(packed, bits=8)
+    assert btc_quantize(packed)["kernel"] is packed["kernel"]

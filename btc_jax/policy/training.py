@@ -36,8 +36,15 @@ _NAMES = {
 """Names that no layer has."""
 
 _COUNTERS = frozenset(("count", "step", "steps", "t"))
-_MOMENTS = frozenset(("mu", "nu", "nu_max", "m", "v", "trace", "momentum", "velocity", "e_g", "e_x"))
+_MOMENTS = frozenset(("mu", "nu", "nu_max", "m", "m1", "m2", "v", "z", "trace", "momentum", "velocity", "e_g", "e_x"))
 """Fields of optimizers that layers have as well: a VAE has a layer `mu`, attention has a `v`."""
+_NEXT_TO_PARAMETERS = {
+    **dict.fromkeys(("accum", "accumulator", "delta", "fisher", "g", "grad", "hessian", "noise", "old"), OPTIMIZER),
+    **dict.fromkeys(("old_params", "prev", "prev_params", "previous", "second_moment", "updates", "y"), OPTIMIZER),
+    **dict.fromkeys(("averaged", "lookahead", "polyak", "shadow", "slow", "swa"), AVERAGE),
+    **dict.fromkeys(_MOMENTS, OPTIMIZER),
+}
+"""What is next to the parameters, with just their names below."""
 _FIELDS = _COUNTERS | _MOMENTS | {"v_row", "v_col"}
 _WITNESSES = [{"mu", "count"}, {"nu", "count"}, {"mu", "nu"}, {"v", "v_row"}, {"v", "v_col"}, {"e_g", "e_x"}]
 _WITNESSES += [{"m", "v", counter} for counter in _COUNTERS] + [{"trace", "count"}, {"momentum", "count"}]
@@ -91,12 +98,13 @@ def _by_siblings(node: Parts, below: dict[Parts, set[str]]) -> str:
     siblings = below[parent]
     if name == "opt" and siblings & _PARAMETERS:
         return OPTIMIZER
+    if node in below and any(_alike(node, (*parent, other), below) for other in siblings & _PARAMETERS - {name}):
+        return _NEXT_TO_PARAMETERS.get(name, "")
     if name not in _MOMENTS:
         return ""
     together = siblings - _PARAMETERS <= _FIELDS and any(witness <= siblings for witness in _WITNESSES)
     alone = bool(parent) and all(part.isdigit() for part in parent) and siblings <= {"trace", "nu"}
-    mirrored = node in below and any(_alike(node, (*parent, other), below) for other in siblings & _PARAMETERS)
-    return OPTIMIZER if together or alone or mirrored else ""
+    return OPTIMIZER if together or alone else ""
 
 
 def _alike(a: Parts, b: Parts, below: dict[Parts, set[str]]) -> bool:
