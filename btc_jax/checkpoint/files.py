@@ -129,6 +129,6 @@ def flush_folder(folder: Path) -> None:
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
-    if "could not be written" in str(error.strerror):  # of a file that belongs to this one
+    if isinstance(error.__cause__, OSError):  # ours already, of a file that belongs to this one
         return error
     return OSError(error.errno, f"{path} could not be written: {error.strerror}; what was there is untouched")
