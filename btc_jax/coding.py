@@ -210,7 +210,7 @@ def what_does_not_fit(leaf: Array, codec: Codec | None = None) -> str:
     """What is wrong with a leaf that cannot be packed, and the remedy."""
     not_finite = int(jnp.sum(~jnp.isfinite(leaf)))
     if not_finite:
-        return f"{not_finite} of {leaf.size} weights are NaN or infinite; mend them, or leave the leaf dense by a rule"
+        return f"{not_finite} of {leaf.size} weights are NaN or infinite; fix them, or leave the leaf dense with a rule"
     largest = float(jnp.abs(leaf).max())
     if largest > 1e36 or codec is None:
         return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"

@@ -161,7 +161,7 @@ def btc_metrics(
         >>> params = {"kernel": jnp.linspace(-0.1, 0.1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
         >>> metrics = btc_jax.btc_metrics(params, btc_jax.btc_quantize(params))
         >>> metrics.bytes_before, metrics.bytes_after, [leaf.reason for leaf in metrics.leaves]
-        (16640, 4618, ['bias', 'default'])
+        (16640, 4620, ['bias', 'default'])
     """
     refuse_staging("the tree")
     before, after = dict_of(params), dict_of(quantized)

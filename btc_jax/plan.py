@@ -123,7 +123,7 @@ def btc_plan(
         >>> import btc_jax, jax, jax.numpy as jnp
         >>> plan = btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32), "bias": jnp.zeros(64)})
         >>> [(row.path, row.reason, row.bytes_min, row.bytes_max) for row in plan.rows]
-        [('bias', 'bias', 256, 256), ('kernel', 'default', 2314, 4362)]
+        [('bias', 'bias', 256, 256), ('kernel', 'default', 2316, 4364)]
         >>> btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, bits=4.5).note
         'bits of 4.5: at most 2,304 bytes, 7.11 times smaller'
     """

@@ -50,7 +50,8 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     Raises:
         TypeError: if a `jax.tree` function changed the arrays inside: arithmetic, a cast, or `zeros_like`, as in the
-            `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained.
+            `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained. Where a function is
+            traced, values cannot be checked, and a changed leaf decodes to NaN. See `btc_jax.seal` for what shows.
 
     Example:
         >>> import btc_jax, jax.numpy as jnp
@@ -58,7 +59,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         >>> q
         BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, codec=Uniform(block_size=64, ...), order='output-major')
         >>> q.nbytes, q.dequantize().shape, q.sum(axis=0).shape
-        (4362, (64, 64), (64,))
+        (4364, (64, 64), (64,))
     """
 
     # Arrays; but JAX also builds nodes of whatever a function of leaves returned, or of what stands for many leaves.

@@ -73,7 +73,7 @@ def btc_quantize(
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"Dense_0": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
         >>> btc_jax.btc_quantize(params)["Dense_0"]["kernel"].nbytes
-        2314
+        2316
         >>> btc_jax.btc_quantize(params, bits=4.5)["Dense_0"]["kernel"].dequantize()[0, 0]
         Array(1., dtype=float32)
     """

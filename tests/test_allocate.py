@@ -146,8 +146,11 @@ def test_powers_of_two_change_no_bit(exponent):
 
 def test_what_is_packed_already_passes_through():
     once = btc_quantize(TREE, bits=4.5)
-    twice = btc_quantize(once, bits=3.0)
-    assert all(twice[path] is leaf for path, leaf in once.items())
+    other = btc_quantize(once | {"new/kernel": TREE["0/kernel"]}, bits=3.0)
+    assert all(other[path] is leaf for path, leaf in once.items())
+    assert bits_of(other["new/kernel"]) <= 3
+    with pytest.raises(ValueError, match="packed already"):
+        btc_quantize(once, bits=3.0)
 
 
 def test_bounds_that_are_met_anyway():

@@ -250,7 +250,7 @@ class TestTargets:
         vague, exact = as_json("plan", source, *options), as_json("plan", source, *options, "--measure")
         done = as_json("quantize", source, tmp_path / "x.btc", *options)
         stored = as_json("inspect", tmp_path / "x.btc")
-        assert vague["bytes_min"] < exact["bytes_min"] == exact["bytes_max"] == stored["bytes"] < vague["bytes_max"]
+        assert vague["bytes_min"] < exact["bytes_min"] == exact["bytes_max"] == stored["bytes"] <= vague["bytes_max"]
         assert done["effective_bits"] <= 4.5
         assert {leaf["path"]: leaf["order"] for leaf in exact["leaves"] if leaf["codec"]} == {
             leaf["path"]: leaf["order"] for leaf in stored["leaves"] if leaf["codec"]

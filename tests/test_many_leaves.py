@@ -50,13 +50,13 @@ checkpoint = measured("open", lambda: btc_jax.open_checkpoint(file))
 assert len(checkpoint.records) == leaves
 assert len(checkpoint.files) == 1 + (shards or 1)
 checkpoint.close()
-if shards is None:
-    assert measured("verify", lambda: btc_jax.verify(file)).ok
-wanted = {name: i for i, name in list(enumerate(names))[:: leaves // 100]}
-loaded = measured("load", lambda: btc_jax.load(file, select="model.layers.[0-9].*"))
-assert len(loaded) == min(7680, leaves)
+wanted = {name: i for i, name in enumerate(names)}
+loaded = measured("load", lambda: btc_jax.load(file, select="model.layers.[159].mlp.experts.1*"))
+assert len(loaded) > 900
 for name, leaf in loaded.items():
-    assert name not in wanted or int(leaf.planes[0][0, 0]) == wanted[name]
+    assert int(leaf.planes[0][0, 0]) == wanted[name]
+if os.environ.get("BTC_JAX_SLOW"):
+    assert measured("verify", lambda: btc_jax.verify(file)).ok
 """
 
 

@@ -225,7 +225,7 @@ def test_evaluate_that_raises_on_the_float_tree_ends_the_search():
     assert result.status is SearchStatus.EVALUATE_FAILED
     assert result.trials == ()
     assert result.best is result.tree is result.accuracy is None
-    for part in ("RuntimeError: no data", "No configuration", "Mend evaluate"):
+    for part in ("RuntimeError: no data", "No configuration", "Fix `evaluate`"):
         assert part in result.message
 
 
@@ -478,7 +478,7 @@ def test_evaluate_that_fails_while_bits_are_searched_keeps_the_trials():
     assert budgets(result) == [6, 2, 4]
     assert [trial.held for trial in result.trials] == [True, False, False]
     assert result.best is result.trials[0]
-    for part in ("OSError: disk full", "budget of 6 bits holds", "that were not tried are unknown", "Mend evaluate"):
+    for part in ("OSError: disk full", "budget of 6 bits holds", "that were not tried are unknown", "Fix `evaluate`"):
         assert part in result.message
 
 
@@ -492,7 +492,7 @@ def test_divergence_that_fails(answer, shown):
     assert len(result.trials) == 1
     assert shown in result.message
     assert "divergence" in result.message
-    assert "Mend divergence" in result.message
+    assert "Fix `divergence`" in result.message
 
 
 def test_a_divergence_of_nothing_may_be_a_rounding_below_zero_and_one_may_be_infinite():

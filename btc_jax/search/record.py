@@ -61,7 +61,7 @@ def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial]
     words = _BITS if by_bits else _SIZES
     if status is SearchStatus.EVALUATE_FAILED:
         kept = f"{_found(best)}; the {words.rest} are unknown" if best else "No configuration is known to hold"
-        return f"{trouble}. {kept}. Mend {trouble.split()[0]} and search again."
+        return f"{trouble}. {kept}. Fix `{trouble.split()[0]}` and rerun."
     if best is None:
         return (
             f"{_capital(trials[0].name)}, {words.first}, already breaks the limit ({trials[0].broke}). {words.nothing}"
