@@ -216,7 +216,7 @@ def test_evaluate_that_raises_midway_keeps_the_trials():
     assert result.trials[2].metrics.total.rmse == pytest.approx(true_rmse(128), rel=1e-5)
     assert result.best is result.trials[1]
     assert_same_tree(result.tree, btc_quantize(PARAMS, Uniform(64, threshold=0.0)))
-    for part in ("OSError: disk full", "Block size 64 holds", "larger sizes are unknown", "search again"):
+    for part in ("OSError: disk full", "Block size 64 holds", "larger sizes are unknown", "rerun"):
         assert part in result.message
 
 
