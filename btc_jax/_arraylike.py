@@ -1,4 +1,4 @@
-"""How a packed leaf behaves as a `jax.Array`: one rule for all attributes, methods and operators."""
+"""How a packed leaf behaves as a `jax.Array`: all its public attributes, methods and operators by one rule."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any

@@ -5,7 +5,7 @@ arrays makes another node of equal shapes and dtypes, which would decode to othe
 same function as the codes, and comes out different: two float16 numbers of both signs, a small and a large one, in
 falling order of size, with fractions, which bfloat16 does not hold. Floating, so that functions of floating arrays only
 meet it too. Not seen is what leaves both numbers as they are: picking or averaging the arrays of several packed leaves,
-and a round trip through float16 or float32.
+functions of integer arrays only, and a round trip through float16 or float32.
 """
 
 from typing import Any
