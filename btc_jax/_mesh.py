@@ -46,12 +46,11 @@ def gathered(leaf: Array) -> Array:
 
 
 def like_leaf(tree: PyTree, leaf: Any) -> PyTree:
-    """Arrays from one device where `leaf` is: whole on each device of its mesh, and bound to a place only if it is."""
+    """Arrays from the host where `leaf` is: whole on each device of its mesh, and bound to a place only if it is."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.committed:
-        return jax.tree.map(_unbound, tree)
+        return jax.device_put(tree)
     alone = isinstance(leaf.sharding, SingleDeviceSharding)
-    whole = leaf.sharding if alone else NamedSharding(_mesh_of(leaf), PartitionSpec())
-    return jax.tree.map(lambda array: jax.device_put(array, whole), tree)
+    return jax.device_put(tree, leaf.sharding if alone else NamedSharding(_mesh_of(leaf), PartitionSpec()))
 
 
 def constants(tree: PyTree) -> PyTree:
@@ -74,12 +73,15 @@ def off_mesh(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @contextlib.contextmanager
 def _one_device(args: Any) -> Iterator[None]:
-    if staging() or jax.sharding.get_mesh().empty:
+    if staging() or jax.sharding.get_abstract_mesh().empty:
         yield
         return
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
     device = next((d for array in arrays for d in array.devices()), jax.devices()[0])
-    with jax.set_mesh(Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))):
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ValueError):  # under grad and vmap the mesh has to stay, and does no harm
+            mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))
+            stack.enter_context(jax.set_mesh(mesh))
         yield
 
 
@@ -100,8 +102,3 @@ def _mesh_of(leaf: Array) -> Any:
         return leaf.sharding.mesh
     # Positional and other shardings have devices and no mesh.
     return Mesh(np.array(sorted(leaf.devices(), key=lambda device: device.id)), ("device",))
-
-
-def _unbound(array: Array) -> Array:
-    """An array that follows others to their devices."""
-    return jax.device_put(np.asarray(array)) if array.committed else array

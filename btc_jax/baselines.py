@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from btc_jax._ties import once
 from btc_jax._typing import Array, ArrayLike, Float, Order, PyTree
 from btc_jax._xla import rounded
-from btc_jax.blocks import join, split
+from btc_jax.blocks import blocks_of, join
 from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tied_row, tree_metrics
 from btc_jax.policy import Decision, Policy
 from btc_jax.tree import decide, refuse_nothing_to_do, refuse_without_values
@@ -137,11 +137,13 @@ def _storage(weights: int, baseline: Baseline, group: int) -> Storage:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _reconstruct(leaf: Array, baseline: Baseline, group: int, order: Order) -> Array:
-    full, tail = split(leaf, group, order)
-    blocks = baseline.reconstruct(full) if full.shape[0] else full
-    if tail is not None:
-        padding = ((0, 0), (0, group - tail.shape[1]))
-        blocks = jnp.concatenate([blocks, jnp.pad(baseline.reconstruct(tail), padding)])
+    blocks, tail = blocks_of(leaf, group, order), leaf.size % group
+    if not tail:
+        blocks = baseline.reconstruct(blocks)
+    else:
+        last = baseline.reconstruct(blocks[-1:, :tail])
+        parts = [baseline.reconstruct(blocks[:-1])] * (len(blocks) > 1)
+        blocks = jnp.concatenate([*parts, jnp.pad(last, ((0, 0), (0, group - tail)))])
     return join(blocks, leaf.shape, order).astype(leaf.dtype)
 
 

@@ -12,6 +12,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ ORDERS: tuple[Order, ...] = ("output-major", "stored", "output-major-taps", "sto
 _TAPS = "-taps"
 MAX_TAPS = 256
 """Taps that are transformed at most: 16 by 16. What is called taps of more is another kind of axis."""
+
+
+_LINE = 64
+"""Bytes of a cache line."""
 
 
 def axes(ndim: int, order: Order) -> tuple[int, ...]:
@@ -37,6 +42,14 @@ def axes(ndim: int, order: Order) -> tuple[int, ...]:
     stored = tuple(range(ndim))
     channels, taps = (stored[:2], stored[2:]) if order.startswith("stored") else (stored[::-1][:2], stored[:-2])
     return taps + channels if order.endswith(_TAPS) else channels + taps
+
+
+def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
+    """Refuses an order that is unknown, or would transform axes that are too long for taps."""
+    if order not in ORDERS:
+        raise ValueError(f"{what}: order is {order!r}; it can be {', '.join(map(repr, ORDERS))}")
+    if math.prod(taps := tap_sizes(shape, order)) > MAX_TAPS:
+        raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in all")
 
 
 def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
@@ -56,33 +69,76 @@ def tap_sizes(shape: tuple[int, ...], order: Order) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in axes(len(shape), order)[:-2]) if order.endswith(_TAPS) else ()
 
 
-def split(
-    leaf: Float[Array, "..."], block_size: int, order: Order
-) -> tuple[Float[Array, "blocks size"], Float[Array, "1 tail"] | None]:
-    """The full blocks of a leaf in float32, and the short last block, or `None` where there is none."""
+def blocks_of(leaf: Float[Array, "..."], block_size: int, order: Order) -> Float[Array, "blocks size"]:
+    """All blocks of a leaf that may be traced, in float32; a short last one is filled up with its last weight."""
     placed = leaf.transpose(axes(leaf.ndim, order)).astype(jnp.float32)
     flat = transformed(placed, tap_sizes(leaf.shape, order)).reshape(-1)
-    full = flat.size - flat.size % block_size
-    tail = flat[full:].reshape(1, -1) if full < flat.size else None
-    return flat[:full].reshape(-1, block_size), tail
+    return jnp.pad(flat, (0, -flat.size % block_size), mode="edge" if flat.size else "constant").reshape(-1, block_size)
+
+
+def spare_of(size: int, block_size: int) -> np.ndarray:
+    """How many places of each block of a leaf of this size are filled up, `f32[blocks]`: only the last has some."""
+    spare = np.zeros(-(-size // block_size), np.float32)
+    spare[-1:] = -size % block_size
+    return spare
 
 
 def join(blocks: Float[Array, "blocks size"], shape: tuple[int, ...], order: Order) -> Float[Array, "..."]:
-    """The leaf of which `blocks` are the blocks, the last one filled up to the full size; inverse of `split`."""
+    """The leaf of which `blocks` are the blocks, the last one filled up to the full size; inverse of `blocks_of`."""
     permutation = axes(len(shape), order)
     flat = blocks.reshape(-1)[: math.prod(shape)]
     placed = transformed(flat.reshape([shape[axis] for axis in permutation]), tap_sizes(shape, order), back=True)
     return placed.transpose(inverse(permutation))
 
 
+def flattened(leaf: np.ndarray, order: Order) -> np.ndarray:
+    """The numbers that run through the blocks of a leaf on the host: in its dtype, or transformed in float32."""
+    taps, placed = tap_sizes(leaf.shape, order), leaf.transpose(axes(leaf.ndim, order))
+    if math.prod(taps) > 1:
+        return (_cosine_matrix(taps) @ contiguous(placed).astype(np.float32).reshape(math.prod(taps), -1)).reshape(-1)
+    return contiguous(placed).reshape(-1)
+
+
+def unflattened(flat: np.ndarray, shape: tuple[int, ...], order: Order) -> np.ndarray:
+    """The leaf through whose blocks these numbers run, on the host; inverse of `flattened`."""
+    permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
+    if math.prod(taps) > 1:
+        flat = _cosine_matrix(taps).T @ flat.reshape(math.prod(taps), -1)
+    return contiguous(flat.reshape([shape[axis] for axis in permutation]).transpose(inverse(permutation)))
+
+
+def aligned(size: int, dtype: Any) -> np.ndarray:
+    """An array without values, of which `jax.device_put` makes one of JAX's on CPU without a copy."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + nbytes].view(dtype)
+
+
+def contiguous(view: np.ndarray) -> np.ndarray:
+    """The array itself if it lies row by row, else a copy that does."""
+    if view.flags.c_contiguous:
+        return view
+    if view.ndim != 2 or not view.T.flags.c_contiguous:
+        return np.ascontiguousarray(view)
+    copy, rows = aligned(view.size, view.dtype).reshape(view.shape), max(1, _LINE // view.itemsize)
+    for i in range(0, view.shape[1], rows):  # 3 to 6 times faster than numpy, which writes far apart
+        copy[:, i : i + rows] = view[:, i : i + rows]
+    return copy
+
+
 def transformed(placed: Float[Array, "..."], taps: tuple[int, ...], back: bool = False) -> Float[Array, "..."]:
     """The orthonormal cosine transform (DCT-II) over the leading axes of these sizes, or back. No taps, no change."""
     if math.prod(taps) < 2:
         return placed
-    matrix = functools.reduce(np.kron, map(_cosines, taps))
-    matrix = jnp.asarray(matrix.T if back else matrix, jnp.float32)
+    matrix = jnp.asarray(_cosine_matrix(taps).T if back else _cosine_matrix(taps))
     columns = placed.reshape(matrix.shape[0], -1)
     return jnp.matmul(matrix, columns, precision=jax.lax.Precision.HIGHEST).reshape(placed.shape)
+
+
+def _cosine_matrix(taps: tuple[int, ...]) -> np.ndarray:
+    """The matrix of the transform over all taps of a leaf, in float32."""
+    return functools.reduce(np.kron, map(_cosines, taps)).astype(np.float32)
 
 
 def _cosines(size: int) -> np.ndarray:

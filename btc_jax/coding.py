@@ -1,217 +1,220 @@
-"""One leaf -> its packed arrays: blocks, codec and planes put together and jitted.
+"""One leaf -> its packed arrays: blocks, codec and planes put together, a tile of blocks at a time.
 
-Arrays under `jax.jit` have fixed shapes, and how many rows a plane has is known only when the widths are. So packing is
-two steps with a read of a few integers in between, and cannot itself run under `jit`; `reconstruct` can.
+Statistics come first, since what the blocks of a leaf have in common depends on all of them; then the codes. How many
+rows a plane has is known only when the widths are. So packing reads numbers on the host in between, and cannot itself
+run under `jit`; `reconstruct` can.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from btc_jax._errors import LeafError
-from btc_jax._mesh import automatic, gathered, like_leaf, off_mesh
-from btc_jax._typing import Array, ArrayLike, Float, Order
-from btc_jax.blocks import join, split
-from btc_jax.codecs import Codec, Coded, Setting
-from btc_jax.codecs.base import root_mean_square
-from btc_jax.decoding import narrowed, on_cpu
-from btc_jax.planes import compact, pack_planes, plane_specs, row_layout
+from btc_jax._mesh import automatic, off_mesh
+from btc_jax._typing import Array, Float, Order
+from btc_jax.backends import backend_for, xla
+from btc_jax.backends.xla import narrowed
+from btc_jax.blocks import blocks_of, join, spare_of, tap_sizes
+from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves, Setting
+from btc_jax.codecs.statistics import on_host, statistics_of, whole
+from btc_jax.formats import Format
+from btc_jax.planes import plane_specs, row_layout
 from btc_jax.seal import SEAL
+from btc_jax.tiles import Blocks, blocks_in, results
 
-Planes = tuple[Array, ...]
-"""A matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows come last."""
-Header = dict[str, Array]
+_ONE = Leaves()
 
 
-def pack(
-    leaf: ArrayLike, codec: Codec, order: Order, path: str = "leaf", slope: ArrayLike = 0.0
-) -> tuple[Planes, Header]:
-    """Planes and header of a leaf of any floating dtype.
+class Recipe(NamedTuple):
+    """How a leaf is packed.
 
-    Args:
-        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the leaf's weights.
+    Attributes:
+        codec: what codes its blocks.
+        form: one of the formats of the codec.
+        order: how its weights run through the blocks.
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of its weights.
+        rms: the root of that mean square, where it was measured.
+    """
+
+    codec: Codec
+    form: Format
+    order: Order
+    slope: float = 0.0
+    rms: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Error:
+    """Error of reconstructed weights: sums of squares of weights and errors, and the largest error."""
+
+    weights: float = 0.0
+    errors: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: "Error") -> "Error":
+        return Error(self.weights + other.weights, self.errors + other.errors, max(self.largest, other.largest))
+
+
+class Packed(NamedTuple):
+    """The packed arrays of a leaf, on the host.
+
+    Attributes:
+        planes: a matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows
+            come last.
+        header: what each block stores besides its codes, by name.
+        error: that of the weights in their dtype; `None` where blocks hold transformed weights, of which no single error
+            is known.
+    """
+
+    planes: tuple[np.ndarray, ...]
+    header: dict[str, np.ndarray]
+    error: Error | None
+
+
+@off_mesh
+def pack(leaf: Any, recipe: Recipe, path: str = "leaf") -> Packed:
+    """Packs a leaf of any floating dtype.
 
     Raises:
         ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
-    array = gathered(jnp.asarray(leaf))
-    planes, header = _packed(array, codec, order, path, slope)
-    return like_leaf((planes, header), leaf)
+    form, blocks = recipe.form, blocks_in(leaf, recipe.form.block_size, recipe.order)
+    setting, whole_leaf = surveyed(blocks, recipe)
+    scale = np.float32(whole_leaf.rms or 1)
+    dtype = jnp.dtype(jnp.float32) if _is_transformed(leaf, recipe) else jax.dtypes.canonicalize_dtype(leaf.dtype)
+    tiles = [_rows_kept(form, tile) for tile in encoded(blocks, recipe, setting, scale, dtype)]
+    tile = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
+    if not recipe.codec.fits(tile.header | setting):
+        raise LeafError(path, what_does_not_fit(leaf, recipe.codec))
+    noise = float(scale) ** 2 * float(tile.noise.sum(dtype=np.float64))
+    error = Error(float(whole_leaf.rms) ** 2 * blocks.size, noise, float(tile.largest.max(initial=0)))
+    header = form.pack_header(tile.widths, tile.header, setting)
+    planes = tuple(plane for plane in tile.rows if len(plane))
+    return Packed(planes, header, None if _is_transformed(leaf, recipe) else error)
 
 
-@off_mesh
-def _packed(leaf: Array, codec: Codec, order: Order, path: str, slope: ArrayLike) -> tuple[Planes, Header]:
-    codec, slope = codec.traced(slope)
-    rows, widths, header, fits, counts = _encode(leaf, _number(slope), codec, order)
-    fits, counts = bool(fits), tuple(counts.tolist())
-    if not fits:
-        raise LeafError(path, what_does_not_fit(leaf, codec))
-    planes = [
-        _compacted(plane, widths, spec.end, kept) if kept < widths.size else plane
-        for plane, spec, kept in zip(rows, plane_specs(codec.widths), _kept_rows(codec, counts), strict=True)
-        if kept
-    ]
-    return tuple(planes), header
+def encoded(
+    blocks: Blocks, recipe: Recipe, setting: Setting, scale: Any, dtype: Any = "float32"
+) -> Iterator[xla.Encoded]:
+    """Every tile as it is encoded, on the host.
+
+    Args:
+        setting, scale: a number for all blocks, or one for each.
+        dtype: what decoded weights are rounded to.
+    """
+    codec = {"encoder": recipe.codec.encoder, "form": recipe.form, "dtype": np.dtype(dtype)}
+    return results(functools.partial(backend_for(recipe.form, blocks.platform).encode, **codec), blocks, scale, setting)
 
 
-def reconstruct(leaf: Float[Array, "..."], codec: Codec, order: Order, slope: ArrayLike = 0.0) -> Float[Array, "..."]:
+def statistics_in(blocks: Blocks) -> BlockStatistics:
+    """The statistics of every block, in float64 on the host."""
+    return on_host(jax.tree.map(lambda *arrays: np.concatenate(arrays), *results(xla.statistics, blocks)))
+
+
+def tuned(recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
+    """The setting on the host, in float32."""
+    with np.errstate(all="ignore"):  # a weight that is not finite makes a setting that is not
+        setting = recipe.codec.tune(recipe.form, leaf, blocks, leaves, slope)
+        return {name: np.asarray(value, np.float32) for name, value in setting.items()}
+
+
+def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
+    """How many blocks have each of the widths of the format."""
+    blocks = blocks_in(leaf, recipe.form.block_size, recipe.order)
+    setting, _ = surveyed(blocks, recipe)
+    counts = np.zeros(9, np.int64)
+    for tile in encoded(blocks, recipe, setting, np.float32(1)):
+        counts += np.bincount(np.asarray(tile.widths), minlength=9)
+    return tuple(counts[list(recipe.form.widths)].tolist())
+
+
+def packed_nbytes(form: Format, size: int, counts: tuple[int, ...]) -> int:
+    """Bytes that `size` weights take if `counts[i]` of their blocks are `form.widths[i]` bits wide."""
+    of_block = nbytes_by_width(form)
+    payload = sum(count * of_block[width] for count, width in zip(counts, form.widths, strict=True))
+    return payload + header_nbytes(form, size)
+
+
+def header_nbytes(form: Format, size: int) -> int:
+    """Bytes of what `size` weights store besides their codes."""
+    header = form.stored_header(-(-size // form.block_size)).values()
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in header) + SEAL.nbytes
+
+
+@functools.lru_cache
+def nbytes_by_width(form: Format) -> tuple[int, ...]:
+    """Bytes of the codes of a block of 0 to 8 bits."""
+    specs = plane_specs(form.widths)
+    rows = [(spec.end, row_layout(form.block_size, spec.bits).nbytes) for spec in specs]
+    return tuple(sum(nbytes for end, nbytes in rows if width >= end) for width in range(9))
+
+
+def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:
     """What `pack` packed, decoded, in one traced call. Its derivative is the identity (straight-through)."""
-    codec, slope = codec.traced(slope)
-    return _reconstructed(leaf, _number(slope), codec, order)
+    slope, codec = recipe.slope, recipe.codec
+    if codec.slope is not None:  # so that another is not another program
+        slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
+    return _reconstructed(leaf, np.float32(slope), codec, recipe.form, recipe.order)
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
-def _reconstructed(leaf: Array, slope: ArrayLike, codec: Codec, order: Order) -> Array:
-    return automatic(lambda leaf: _reconstruct(codec, order, leaf, slope), leaf)
+@functools.partial(jax.jit, static_argnames=("codec", "form", "order"))
+def _reconstructed(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order) -> Array:
+    return automatic(lambda leaf: _reconstruct(codec, form, order, leaf, slope), leaf)
 
 
-@off_mesh
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
-def blocks_of(leaf: Float[Array, "..."], codec: Codec, order: Order) -> list[Float[Array, "_ _"]]:
-    """The full blocks and the short last one, each a matrix; at least one, for a leaf of size 0."""
-    return _parts(leaf, codec, order)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _reconstruct(codec: Codec, form: Format, order: Order, leaf: Array, slope: Array) -> Array:
+    blocks, spare = blocks_of(leaf, form.block_size, order), jnp.asarray(spare_of(leaf.size, form.block_size))
+    count = blocks.shape[0]
+    statistics = xla.in_chunks(statistics_of, form.block_size, count, blocks, spare)
+    setting = codec.tune(form, whole(statistics, _ONE), statistics, _ONE, slope)
+    setting = {name: jnp.broadcast_to(jnp.float32(value), (count,)) for name, value in setting.items()}
 
+    def decoded(blocks: Array, spare: Array, setting: Setting) -> tuple[Array, Setting]:
+        widths, codes, header = codec.encode(form, blocks, spare, setting)
+        return form.decode(codes, form.grid(widths, header | setting)), header
 
-@off_mesh
-@functools.partial(jax.jit, static_argnames="codec")
-def measure(parts: list[Float[Array, "_ _"]], slope: ArrayLike, codec: Codec) -> tuple[Array, Array]:
-    """How many blocks would have each of `codec.widths`, and the squared error over the square of the weights."""
-    setting = codec.tune(parts, slope)
-    coded = [codec.encode(part, setting) for part in parts]
-    signal = jnp.maximum(root_mean_square(parts), jnp.finfo(jnp.float32).tiny)
-    errors = [_decoded(codec, one, setting) - part for one, part in zip(coded, parts, strict=True)]
-    squares = functools.reduce(jnp.add, [jnp.square(error / signal).sum(1).sum() for error in errors])
-    widths = jnp.concatenate([one.widths for one in coded])
-    return _histogram(widths, codec), squares / max(sum(part.size for part in parts), 1)
-
-
-@off_mesh
-@jax.jit
-def mean_squares(parts: list[Float[Array, "_ _"]]) -> list[Float[Array, " _"]]:
-    """Of the weights of each block, over that of all of them."""
-    signal = jnp.maximum(root_mean_square(parts), jnp.finfo(jnp.float32).tiny)
-    return [jnp.square(part / signal).mean(1) for part in parts]
-
-
-@off_mesh
-@jax.jit
-def square_sums(leaf: Float[Array, "..."], scale: ArrayLike) -> Float[Array, "..."]:
-    """Sums of the squares of `leaf / scale` over the last axis."""
-    return jnp.square(leaf.astype(jnp.float32) / jnp.asarray(scale, jnp.float32)).sum(-1)
-
-
-def packed_nbytes(codec: Codec, size: int, counts: tuple[int, ...]) -> int:
-    """Bytes that `size` weights take if `counts[i]` of their blocks are `codec.widths[i]` bits wide."""
-    rows = zip(_kept_rows(codec, counts), plane_specs(codec.widths), strict=True)
-    planes = sum(kept * row_layout(codec.block_size, spec.bits).nbytes for kept, spec in rows)
-    header = codec.stored_header(-(-size // codec.block_size)).values()
-    return planes + sum(math.prod(array.shape) * array.dtype.itemsize for array in header) + SEAL.nbytes
-
-
-def count_widths(leaf: Float[Array, "..."], slope: ArrayLike, codec: Codec, order: Order) -> Array:
-    """How many blocks have each of `codec.widths`; much cheaper than packing."""
-    codec, slope = codec.traced(slope)
-    return _counted(gathered(leaf), _number(slope), codec, order)
-
-
-@off_mesh
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
-def _counted(leaf: Array, slope: Array, codec: Codec, order: Order) -> Array:
-    matrices = _parts(leaf, codec, order)
-    setting = codec.tune(matrices, slope)
-    return _histogram(jnp.concatenate([codec.encode(part, setting).widths for part in matrices]), codec)
-
-
-@functools.partial(jax.jit, static_argnames=("codec", "order"))
-def _encode(leaf: Array, slope: Array, codec: Codec, order: Order) -> tuple[Planes, Array, Header, Array, Array]:
-    """Step 1 of packing: rows of all blocks in all planes, widths, stored header, and the numbers the host needs."""
-    matrices = _parts(leaf, codec, order)
-    setting = codec.tune(matrices, slope)
-    parts = [codec.encode(part, setting) for part in matrices]
-    widths = jnp.concatenate([part.widths for part in parts])
-    specs = plane_specs(codec.widths)
-    rows = [pack_planes(_filled_up(part.codes, codec), part.widths, specs) for part in parts]
-    rows = tuple(jnp.concatenate(plane) for plane in zip(*rows, strict=True))
-    stored = _stored(codec, parts, setting)
-    return rows, widths, stored, codec.fits(stored), _histogram(widths, codec)
-
-
-_compact = jax.jit(compact, static_argnums=(2, 3))
-
-
-def _compacted(rows: Array, widths: Array, end: int, count: int) -> Array:
-    """Step 2 of packing, for one plane. On CPU numpy does it, which need not compile for each count of rows."""
-    if on_cpu(rows):
-        return jax.device_put(np.asarray(rows)[np.flatnonzero(np.asarray(widths) >= end)])
-    return _compact(rows, widths, end, count)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _reconstruct(codec: Codec, order: Order, leaf: Array, slope: Array) -> Array:
-    matrices = _parts(leaf, codec, order)
-    setting = codec.tune(matrices, slope)
-    coded = [codec.encode(part, setting) for part in matrices]
-    blocks = jnp.concatenate([_filled_up(_decoded(codec, part, setting), codec) for part in coded])
-    fits = codec.fits(_stored(codec, coded, setting))
-    return narrowed(join(jnp.where(fits, blocks, jnp.nan), leaf.shape, order), leaf.dtype)
+    weights, header = xla.in_chunks(decoded, form.block_size, count, blocks, spare, setting)
+    fits = codec.fits(header | setting)
+    return narrowed(join(jnp.where(fits, weights, jnp.nan), leaf.shape, order), leaf.dtype)
 
 
 @_reconstruct.defjvp
-def _straight_through(codec: Codec, order: Order, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
-    return _reconstruct(codec, order, *primals), tangents[0]
+def _straight_through(codec: Codec, form: Format, order: Order, primals: Any, tangents: Any) -> Any:
+    return _reconstruct(codec, form, order, *primals), tangents[0]
 
 
-def _decoded(codec: Codec, coded: Coded, setting: Setting) -> Array:
-    return codec.decode(coded.codes, codec.grid(coded.widths, coded.header | setting))
+def surveyed(blocks: Blocks, recipe: Recipe) -> tuple[Setting, LeafStatistics]:
+    """The setting of a leaf from the statistics of all its blocks."""
+    statistics = statistics_in(blocks)
+    leaf = whole(statistics, _ONE)
+    return tuned(recipe, leaf, statistics, _ONE, np.float64(recipe.slope)), leaf
 
 
-def _stored(codec: Codec, parts: Sequence[Coded], setting: Setting) -> Header:
-    widths = jnp.concatenate([part.widths for part in parts])
-    header = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(part.header for part in parts))
-    return codec.pack_header(widths, header, setting)
+def _rows_kept(form: Format, tile: xla.Encoded) -> xla.Encoded:
+    """A tile with the rows of a plane that blocks are wide enough for."""
+    specs = plane_specs(form.widths)
+    rows = [plane[tile.widths >= spec.end] for plane, spec in zip(tile.rows, specs, strict=True)]
+    return tile._replace(rows=tuple(rows))
 
 
-def _number(slope: ArrayLike) -> ArrayLike:
-    """As an array of no device, so that another number does not ask for another program."""
-    return jnp.asarray(slope, jnp.float32) if isinstance(slope, Tracer) else np.asarray(slope, np.float32)
+def _is_transformed(leaf: Any, recipe: Recipe) -> bool:
+    return math.prod(tap_sizes(np.shape(leaf), recipe.order)) > 1
 
 
-def _parts(leaf: Array, codec: Codec, order: Order) -> list[Array]:
-    """The full blocks and the short last one, each a matrix; at least one, for a leaf of size 0."""
-    full, tail = split(leaf, codec.block_size, order)
-    if tail is None:
-        return [full]
-    return [full, tail] if full.shape[0] else [tail]
-
-
-def _filled_up(matrix: Array, codec: Codec) -> Array:
-    return jnp.pad(matrix, ((0, 0), (0, codec.block_size - matrix.shape[1])))
-
-
-def _histogram(widths: Array, codec: Codec) -> Array:
-    return jnp.stack([jnp.sum(widths == width, dtype=jnp.int32) for width in codec.widths])
-
-
-def _kept_rows(codec: Codec, counts: tuple[int, ...]) -> list[int]:
-    """Rows of each plane: one for each block that is wide enough."""
-    return [
-        sum(count for width, count in zip(codec.widths, counts, strict=True) if width >= spec.end)
-        for spec in plane_specs(codec.widths)
-    ]
-
-
-def what_does_not_fit(leaf: Array, codec: Codec | None = None) -> str:
+def what_does_not_fit(leaf: Any, codec: Codec | None = None) -> str:
     """What is wrong with a leaf that cannot be packed, and the remedy."""
-    not_finite = int(jnp.sum(~jnp.isfinite(leaf)))
+    leaf = np.asarray(leaf).astype(np.float32)
+    not_finite = int(np.sum(~np.isfinite(leaf)))
     if not_finite:
         return f"{not_finite} of {leaf.size} weights are NaN or infinite; fix them, or leave the leaf dense with a rule"
-    largest = float(jnp.abs(leaf).max())
+    largest = float(np.abs(leaf).max())
     if largest > 1e36 or codec is None:
         return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
     size = "as large as" if largest > 1 else "no larger than"

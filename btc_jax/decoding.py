@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,72 +10,113 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from btc_jax._mesh import constants, staging
+from btc_jax._mesh import constants, off_mesh, staging
 from btc_jax._typing import Array, Order
 from btc_jax._xla import apart
-from btc_jax.blocks import axes, inverse, join, tap_sizes, transformed
-from btc_jax.codecs import Codec
-from btc_jax.planes import expand, plane_specs, unpack_planes
-from btc_jax.seal import changed_arrays, is_intact
+from btc_jax.backends import backend_for
+from btc_jax.backends.xla import narrowed, tile_rows
+from btc_jax.blocks import aligned, axes, inverse, join, tap_sizes, transformed, unflattened
+from btc_jax.formats import Format
+from btc_jax.planes import RowLayout, expand, plane_specs, row_layout, unpack_planes
+from btc_jax.seal import broken_seal, changed_arrays, is_intact
+from btc_jax.tiles import ahead, filled_up
 
 
 def unpack(
     planes: Sequence[Any],
     header: Mapping[str, Any],
     seal: Any,
-    codec: Codec,
+    form: Format,
     shape: tuple[int, ...],
     dtype: Any,
     order: Order,
 ) -> Array:
-    """The leaf as the codec has it, in `dtype`; all NaN if its seal is broken.
+    """The leaf as its format has it, in `dtype`; all NaN if its seal is broken.
+
+    Outside of `jit` and on CPU, tile by tile: the same program decodes leaves of all shapes.
 
     Raises:
         TypeError: if a plane has other rows than the widths of the blocks ask for.
     """
     planes, header, seal = constants((planes, dict(header), seal))
+    if all(map(on_cpu, (*planes, *header.values(), seal))) and not staging():
+        return jax.device_put(_on_host(planes, header, seal, form, shape, dtype, order))
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
-    planes = _whole_planes(planes, header, codec, -(-math.prod(shape) // codec.block_size), shape)
-    decoded = _unpack(planes, header, seal, codec, placed, jnp.float32 if taps else dtype)
+    decoded = _unpack(planes, header, seal, form, placed, jnp.float32 if taps else dtype)
     if taps:
         return _from_frequencies(decoded, taps, inverse(permutation), dtype)
     # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
     return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
 
 
-def _whole_planes(
-    planes: Sequence[Any], header: Mapping[str, Any], codec: Codec, blocks: int, shape: tuple[int, ...]
-) -> tuple[Any, ...]:
-    """Planes with a row for every block, so that one program fits every mix of widths.
-
-    Only on CPU, where numpy does it, and outside of `jit`, where the numbers of rows are compiled in.
-
-    Raises:
-        TypeError: a plane has other rows than the widths of the blocks ask for.
-    """
-    if all(len(plane) == blocks for plane in planes) or not all(map(on_cpu, (*planes, *header.values()))) or staging():
-        return tuple(planes)
-    widths = codec.read_widths(jax.tree.map(np.asarray, header), blocks)
-    if trouble := wrong_rows(planes, codec, widths):
+@off_mesh
+def _on_host(
+    planes: Sequence[Any],
+    header: Mapping[str, Any],
+    seal: Any,
+    form: Format,
+    shape: tuple[int, ...],
+    dtype: Any,
+    order: Order,
+) -> np.ndarray:
+    planes, header = [np.asarray(plane) for plane in planes], jax.tree.map(np.asarray, dict(header))
+    size = math.prod(shape)
+    if broken := broken_seal(np.asarray(seal)):
+        raise TypeError(changed_arrays(shape, f"its seal became {broken}"))
+    widths, per_block = form.unpack_header(header, -(-size // form.block_size))
+    if trouble := wrong_rows(planes, form, widths):
         raise TypeError(changed_arrays(shape, trouble))
-    return tuple(
-        plane if len(plane) == blocks else _spread(np.asarray(plane), widths >= spec.end)
-        for plane, spec in zip(planes, plane_specs(codec.widths), strict=False)
-    )
+    is_transformed = math.prod(tap_sizes(shape, order)) > 1
+    flat = aligned(size, np.float32 if is_transformed else dtype)
+    for start, tile in _tiles(planes, widths, per_block, form, flat.dtype):
+        flat[start : start + tile.size] = tile[: size - start]
+    with np.errstate(all="ignore"):  # a forged header can hold any number
+        leaf = unflattened(flat, shape, order)
+    return np.asarray(narrowed(leaf, dtype)) if is_transformed else leaf
 
 
-def wrong_rows(planes: Sequence[Any], codec: Codec, widths: np.ndarray) -> str:
+def _tiles(
+    planes: Sequence[np.ndarray], widths: np.ndarray, header: Mapping[str, np.ndarray], form: Format, dtype: Any
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decoded weights, tile by tile, and the place of the first."""
+    size, specs, taken = tile_rows(form.block_size, "cpu"), plane_specs(form.widths), [0] * len(planes)
+    program = functools.partial(backend_for(form, "cpu").decode, form=form, dtype=np.dtype(dtype))
+
+    def decoded(start: int) -> Array:
+        here = widths[start : start + size]
+        rows = [
+            _rows(i, planes, here >= spec.end, taken, row_layout(form.block_size, spec.bits))
+            for i, spec in enumerate(specs)
+        ]
+        numbers = {name: filled_up(array[start : start + size], size) for name, array in header.items()}
+        return program([filled_up(r, size) for r in rows], filled_up(here, size), numbers, np.int32(len(here)))
+
+    starts = range(0, len(widths), size)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for start, tile in zip(starts, ahead(decoded(start) for start in starts), strict=True):
+            yield start * form.block_size, np.asarray(tile).reshape(-1)
+
+
+def _rows(i: int, planes: Sequence[np.ndarray], present: np.ndarray, taken: list[int], layout: RowLayout) -> np.ndarray:
+    """The rows of some blocks in plane `i`, zeros for those that have none, and counts them as taken."""
+    count = int(np.count_nonzero(present))
+    if count == 0:
+        return np.zeros((len(present), layout.nbytes // layout.dtype.itemsize), layout.dtype)
+    rows = planes[i][taken[i] : taken[i] + count]
+    taken[i] += count
+    if count == len(present):
+        return rows
+    spread = np.zeros((len(present), rows.shape[1]), rows.dtype)
+    spread[present] = rows
+    return spread
+
+
+def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
     """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
     rows = [len(plane) for plane in planes]
-    wanted = [count for spec in plane_specs(codec.widths) if (count := int((widths >= spec.end).sum()))]
+    wanted = [count for spec in plane_specs(form.widths) if (count := int((widths >= spec.end).sum()))]
     return "" if rows == wanted else f"its planes have {rows} rows, and the widths of its blocks ask for {wanted}"
-
-
-def _spread(rows: np.ndarray, present: np.ndarray) -> np.ndarray:
-    whole = np.zeros((len(present), rows.shape[1]), rows.dtype)
-    whole[present] = rows
-    return whole
 
 
 def on_cpu(array: Any) -> bool:
@@ -93,37 +134,37 @@ def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[
     return narrowed(transformed(decoded, taps, back=True).transpose(permutation), dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "shape", "dtype"))
+@functools.partial(jax.jit, static_argnames=("form", "shape", "dtype"))
 def _unpack(
-    planes: Sequence[Any], header: Mapping[str, Any], seal: Any, codec: Codec, shape: tuple[int, ...], dtype: Any
+    planes: Sequence[Any], header: Mapping[str, Any], seal: Any, form: Format, shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    return _decode(codec, shape, dtype, planes, header, seal)
+    return _decode(form, shape, dtype, planes, header, seal)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _decode(
-    codec: Codec, shape: tuple[int, ...], dtype: Any, planes: Sequence[Array], header: Mapping[str, Array], seal: Array
+    form: Format, shape: tuple[int, ...], dtype: Any, planes: Sequence[Array], header: Mapping[str, Array], seal: Array
 ) -> Array:
     """The decoded weights in the order of the blocks, in a shape."""
-    blocks = -(-math.prod(shape) // codec.block_size)
+    blocks = -(-math.prod(shape) // form.block_size)
     if blocks == 0:
         return jnp.zeros(shape, dtype)
-    widths, per_block = codec.unpack_header(header, blocks)
-    specs = plane_specs(codec.widths)[: len(planes)]
+    widths, per_block = form.unpack_header(header, blocks)
+    specs = plane_specs(form.widths)[: len(planes)]
     rows = [expand(plane, widths, spec.end) for plane, spec in zip(planes, specs, strict=True)]
 
     def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
-        codes = unpack_planes(rows, specs, widths, codec.block_size)
-        return narrowed(codec.decode(codes, grid), dtype)
+        codes = unpack_planes(rows, specs, widths, form.block_size)
+        return narrowed(form.decode(codes, grid), dtype)
 
     # Under jit nothing can be raised; and a few numbers a block cost less than the weights themselves.
-    grid = jax.tree.map(functools.partial(_or_nan, is_intact(seal)), codec.grid(widths, per_block))
+    grid = jax.tree.map(functools.partial(_or_nan, is_intact(seal)), form.grid(widths, per_block))
     decoded = apart(decode, rows, widths, grid)
-    return join(decoded.reshape(blocks, -1)[:, : codec.block_size], shape, "stored")
+    return join(decoded.reshape(blocks, -1)[:, : form.block_size], shape, "stored")
 
 
 @_decode.defjvp
-def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
+def _refuse_gradient(form: Format, shape: tuple[int, ...], *_: Any) -> Any:
     raise TypeError(
         f"{math.prod(shape)} packed weights have no gradient. Differentiate with respect to the other leaves only "
         "(docs/training.md), decode the tree with btc_dequantize, or quantize inside the loss with btc_reconstruct"
@@ -132,11 +173,3 @@ def _refuse_gradient(codec: Codec, shape: tuple[int, ...], *_: Any) -> Any:
 
 def _or_nan(intact: Array, numbers: Array) -> Array:
     return jnp.where(intact, numbers, jnp.nan) if jnp.issubdtype(numbers.dtype, jnp.floating) else numbers
-
-
-def narrowed(weights: Array, dtype: Any) -> Array:
-    """In the dtype of the leaf. Its largest weights may decode to more than the dtype holds: infinity, or NaN."""
-    limits = jnp.finfo(dtype)
-    if float(limits.max) < float(jnp.finfo(jnp.bfloat16).max):
-        weights = jnp.clip(weights, float(limits.min), float(limits.max))
-    return weights.astype(dtype)

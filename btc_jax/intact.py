@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from btc_jax.codecs import Codec
+from btc_jax.formats import Format
 from btc_jax.planes import plane_specs, row_layout
 from btc_jax.seal import SEAL, broken_seal
 
@@ -31,7 +31,7 @@ def changes(leaf: Any) -> str:
 
 
 def _array_changes(leaf: Any, stack: tuple[int, ...]) -> str:
-    header, planes = _expected(leaf.codec, -(-math.prod(leaf.shape) // leaf.codec.block_size))
+    header, planes = _expected(leaf.format, -(-math.prod(leaf.shape) // leaf.format.block_size))
     found, wanted = leaf.header | {"seal": leaf.seal}, header | {"seal": (SEAL.shape, SEAL.dtype)}
     if odd := sorted(found.keys() ^ wanted.keys()):
         return f"it has the arrays {sorted(found)}, not {sorted(wanted)}; {odd[0]!r} is in only one of them"
@@ -47,10 +47,10 @@ def _array_changes(leaf: Any, stack: tuple[int, ...]) -> str:
 
 
 @functools.lru_cache(2**12)
-def _expected(codec: Codec, blocks: int) -> tuple[dict[str, Described], list[tuple[int, np.dtype]]]:
+def _expected(form: Format, blocks: int) -> tuple[dict[str, Described], list[tuple[int, np.dtype]]]:
     """Shape and dtype of each header array, and words and dtype of the rows of each plane."""
-    header = {name: (array.shape, np.dtype(array.dtype)) for name, array in codec.stored_header(blocks).items()}
-    layouts = [row_layout(codec.block_size, spec.bits) for spec in plane_specs(codec.widths)]
+    header = {name: (array.shape, np.dtype(array.dtype)) for name, array in form.stored_header(blocks).items()}
+    layouts = [row_layout(form.block_size, spec.bits) for spec in plane_specs(form.widths)]
     return header, [(layout.runs * layout.words, layout.dtype) for layout in layouts]
 
 

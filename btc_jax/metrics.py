@@ -6,22 +6,25 @@ block and the seal of each leaf included.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from btc_jax._mesh import gathered, off_mesh, refuse_staging
+from btc_jax._mesh import refuse_staging
 from btc_jax._refuse import refuse_other_paths, refuse_other_trees
 from btc_jax._ties import first_paths
-from btc_jax._typing import Array, ArrayLike, PyTree
+from btc_jax._typing import PyTree
 from btc_jax.codecs import Codec
+from btc_jax.coding import Error
 from btc_jax.policy import BTCPolicyError, Decision, Policy
 from btc_jax.tensor import BTCTensor, is_packed
 from btc_jax.tree import decide, flatten, leaf_nbytes, one_policy
+
+_CACHEFUL = 2**16
+"""Weights compared at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +49,6 @@ class Storage:
     def __add__(self, other: "Storage") -> "Storage":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Storage(*(a + b for a, b in pairs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Error:
-    """Error of reconstructed weights: sums of squares of weights and errors, and the largest error."""
-
-    weights: float = 0.0
-    errors: float = 0.0
-    largest: float = 0.0
-
-    def __add__(self, other: "Error") -> "Error":
-        return Error(self.weights + other.weights, self.errors + other.errors, max(self.largest, other.largest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,49 +222,28 @@ def tree_metrics(rows: Iterable[LeafRow]) -> TreeMetrics:
 def storage_of(tensor: BTCTensor) -> Storage:
     """What a packed leaf stores."""
     widths = np.asarray(tensor.widths, np.int64)
-    spare = tensor.num_blocks * tensor.codec.block_size - tensor.size
-    payload = int(widths.sum()) * tensor.codec.block_size - (spare * int(widths[-1]) if spare else 0)
+    spare = tensor.num_blocks * tensor.format.block_size - tensor.size
+    payload = int(widths.sum()) * tensor.format.block_size - (spare * int(widths[-1]) if spare else 0)
     header = 8 * sum(array.nbytes for array in tensor.header.values())
-    wide = int((widths >= tensor.codec.wide_bits).sum())
+    wide = int((widths >= tensor.format.wide_bits).sum())
     return Storage(tensor.size, widths.size, wide, payload, header, tensor.nbytes)
 
 
 def error_of(original: Any, decoded: Any) -> Error:
     """Error of `decoded` against `original`, summed in float64 whatever the scale of the weights."""
-    if not math.prod(original.shape):
-        return Error()
-    return _error_of(*(gathered(jnp.asarray(array)) for array in (original, decoded)))
+    pair = (np.asarray(array).reshape(-1) for array in (original, decoded))
+    parts = zip(*(_cachefuls(array) for array in pair), strict=True)
+    return sum(itertools.starmap(_error_of, parts), Error())
 
 
-@off_mesh
-def _error_of(original: Array, decoded: Array) -> Error:
-    pair = [_in_rows(array) for array in (original, decoded)]
-    extreme, largest = map(float, _largest(*pair))
-    # Squares of 1e-30 vanish in float32, and long sums lose digits: scale to 1, and leave the sum of rows to the host.
-    scale = max(extreme, largest) or 1.0
-    weights, errors = (np.asarray(x).sum(dtype=np.float64) for x in _square_sums(*pair, scale))
-    return Error(scale**2 * weights, scale**2 * errors, largest)
+def _cachefuls(array: np.ndarray) -> Iterator[np.ndarray]:
+    for i in range(0, array.size, _CACHEFUL):
+        yield array[i : i + _CACHEFUL].astype(np.float64)
 
 
-def _in_rows(array: Array) -> Array:
-    """The array as it is, or, if it has one axis, cut into rows of a length that divides it."""
-    return array.reshape(-1, math.gcd(array.size, 4096)) if array.ndim < 2 else array
-
-
-# Two steps, so that XLA fuses each difference into its reduction, and no array of the size of the leaf is made.
-
-
-@jax.jit
-def _largest(original: Array, decoded: Array) -> tuple[Array, Array]:
-    w = original.astype(jnp.float32)
-    return jnp.abs(w).max(), jnp.abs(w - decoded.astype(jnp.float32)).max()
-
-
-@jax.jit
-def _square_sums(original: Array, decoded: Array, scale: ArrayLike) -> tuple[Array, Array]:
-    """Sums over the last axis of squared weights and errors, each divided by `scale` first."""
-    w = original.astype(jnp.float32)
-    return jnp.square(w / scale).sum(-1), jnp.square((w - decoded.astype(jnp.float32)) / scale).sum(-1)
+def _error_of(original: np.ndarray, decoded: np.ndarray) -> Error:
+    errors = decoded - original
+    return Error(float(original @ original), float(errors @ errors), float(np.abs(errors).max()))
 
 
 def dict_of(tree: PyTree) -> dict[str, Any]:

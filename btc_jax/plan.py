@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Choice, Target, target_of, usual_target
+from btc_jax.allocate import Target, target_of, usual_target
 from btc_jax.codecs import Codec
-from btc_jax.coding import count_widths, packed_nbytes
+from btc_jax.coding import Recipe, count_widths, packed_nbytes
+from btc_jax.formats import Format
 from btc_jax.policy import Decision, Policy
 from btc_jax.tensor import is_packed
 from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
@@ -24,7 +24,7 @@ class PlanRow:
 
     Attributes:
         path, shape, dtype: the leaf.
-        codec: its codec, or `None` if it stays dense.
+        codec: its codec; the format, if it is packed already; or `None` if it stays dense.
         order: how its weights would run through the blocks.
         reason: why it is packed, or is not.
         bytes_before: bytes of the leaf as it is; 0 if it is the same array as one before it.
@@ -36,7 +36,7 @@ class PlanRow:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    codec: Codec | None
+    codec: Codec | Format | None
     order: str
     reason: str
     bytes_before: int
@@ -130,7 +130,7 @@ def btc_plan(
     target = target_of(bits, size, rmse, sqnr_db)
     policy = one_policy(codec, policy, target)
     leaves, decisions, _ = decide(params, policy)
-    choices: list[Choice | None] = [None] * len(leaves)
+    choices: list[Recipe | None] = [None] * len(leaves)
     if measure:
         for leaf, how in zip(leaves, decisions, strict=True):
             if how.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
@@ -140,7 +140,7 @@ def btc_plan(
 
 
 def plan_of(
-    leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Choice | None], target: Target | None = None
+    leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Recipe | None], target: Target | None = None
 ) -> Plan:
     """A plan from leaves, decisions, and, where the leaves were measured, the final choices.
 
@@ -187,7 +187,7 @@ def _weights(rows: Sequence[PlanRow]) -> int:
     return sum(math.prod(row.shape) for row in rows)
 
 
-def _row(leaf: Any, how: Decision, choice: Choice | None, before: int) -> PlanRow:
+def _row(leaf: Any, how: Decision, choice: Recipe | None, before: int) -> PlanRow:
     low = high = 0 if how.tied_to else leaf_nbytes(leaf)
     if how.codec and not how.tied_to:
         low, high = _packed_range(leaf, how.codec, choice)
@@ -195,7 +195,7 @@ def _row(leaf: Any, how: Decision, choice: Choice | None, before: int) -> PlanRo
         path=how.path,
         shape=tuple(getattr(leaf, "shape", ())),
         dtype=str(getattr(leaf, "dtype", type(leaf).__name__)),
-        codec=leaf.codec if is_packed(leaf) else choice.codec if choice else how.codec,
+        codec=leaf.format if is_packed(leaf) else _codec_of(how, choice),
         order=leaf.order if is_packed(leaf) else choice.order if choice else how.order,
         reason=how.reason,
         bytes_before=before,
@@ -205,11 +205,24 @@ def _row(leaf: Any, how: Decision, choice: Choice | None, before: int) -> PlanRo
     )
 
 
-def _packed_range(leaf: Any, codec: Codec, choice: Choice | None) -> tuple[int, int]:
+def _codec_of(how: Decision, choice: Recipe | None) -> Codec | None:
+    """Of several formats, the codec of the one that was chosen."""
+    if choice is None or len(choice.codec.formats) == 1:
+        return how.codec
+    return choice.codec.decided(choice.form, choice.slope, choice.rms)
+
+
+def _packed_range(leaf: Any, codec: Codec, choice: Recipe | None) -> tuple[int, int]:
     size = math.prod(leaf.shape)
     if choice:
-        counts = tuple(count_widths(jnp.asarray(leaf), choice.slope, choice.codec, choice.order).tolist())
-        exact = packed_nbytes(choice.codec, size, counts)
+        exact = packed_nbytes(choice.form, size, count_widths(leaf, choice))
         return exact, exact
-    blocks, others = -(-size // codec.block_size), (0,) * (len(codec.widths) - 1)
-    return packed_nbytes(codec, size, (blocks, *others)), packed_nbytes(codec, size, (*others, blocks))
+    ends = [packed_nbytes(form, size, _all_at(form, end, size)) for form in codec.formats for end in (0, -1)]
+    return min(ends), max(ends)
+
+
+def _all_at(form: Format, end: int, size: int) -> tuple[int, ...]:
+    """Numbers of blocks by width, if all have the narrowest, 0, or the widest, -1."""
+    counts = [0] * len(form.widths)
+    counts[end] = -(-size // form.block_size)
+    return tuple(counts)

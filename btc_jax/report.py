@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from btc_jax.codecs import Codec
 from btc_jax.metrics import Measures, TreeMetrics
 from btc_jax.plan import Plan, PlanRow
 from btc_jax.search import SearchResult, Trial
@@ -45,7 +46,7 @@ def plan_table(plan: Plan, title: str = "Plan") -> Table:
 
 def _after(row: PlanRow, plan: Plan) -> str:
     """The bytes of a leaf, if they do not depend on how a target is shared out."""
-    shared = plan.note and row.codec is not None and row.codec.adaptive and row.bytes_min < row.bytes_max
+    shared = plan.note and row.bytes_min < row.bytes_max and isinstance(row.codec, Codec) and row.codec.adaptive
     return "shared out" if shared else _range(row.bytes_min, row.bytes_max)
 
 

@@ -11,7 +11,7 @@ from flax import serialization
 from jax import export
 
 from btc_jax.checkpoint.manifest import canonical
-from btc_jax.codecs import Codec, check_registered, codec_from_json
+from btc_jax.formats import Format, check_registered, format_from_json
 from btc_jax.tensor import BTCTensor
 
 NAME = "btc_jax.BTCTensor"
@@ -31,29 +31,29 @@ def _to_state(leaf: BTCTensor) -> dict[str, Any]:
         "planes": planes,
         "header": dict(leaf.header),
         "seal": leaf.seal,
-        NAME: _text(leaf.shape, leaf.dtype, leaf.codec, leaf.order),
+        NAME: _text(leaf.shape, leaf.dtype, leaf.format, leaf.order),
     }
 
 
 def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
-    """The leaf that was saved, of whatever codec and widths; `target` says of which shape and dtype."""
+    """The leaf that was saved, of whatever format and widths; `target` says of which shape and dtype."""
     if not isinstance(state, dict) or NAME not in state:
         raise ValueError(f"the state of a packed leaf of shape {target.shape} is of another kind of leaf")
-    shape, dtype, codec, order = _parsed(state[NAME])
+    shape, dtype, form, order = _parsed(state[NAME])
     if (shape, dtype) != (target.shape, np.dtype(target.dtype)):
         raise ValueError(f"a packed leaf is {dtype}{list(shape)} in the file, {target.dtype}{list(target.shape)} here")
     planes = tuple(state["planes"][str(i)] for i in range(len(state["planes"])))
-    return BTCTensor(planes, dict(state["header"]), shape, dtype, codec, order, state["seal"])
+    return BTCTensor(planes, dict(state["header"]), shape, dtype, form, order, state["seal"])
 
 
-def _text(shape: tuple[int, ...], dtype: Any, codec: Codec, order: str) -> str:
-    check_registered(codec)
-    return canonical([shape, np.dtype(dtype).name, codec.to_json(), order])
+def _text(shape: tuple[int, ...], dtype: Any, form: Format, order: str) -> str:
+    check_registered(form)
+    return canonical([shape, np.dtype(dtype).name, form.to_json(), order])
 
 
 def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any]:
-    shape, dtype, codec, order = json.loads(text)
-    return tuple(shape), np.dtype(dtype), codec_from_json(codec), order
+    shape, dtype, form, order = json.loads(text)
+    return tuple(shape), np.dtype(dtype), format_from_json(form), order
 
 
 def _to_bytes(static: Any) -> bytes:

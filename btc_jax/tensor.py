@@ -12,14 +12,10 @@ import numpy as np
 from flax.core.meta import AxisMetadata
 from jax.core import Tracer
 
-from btc_jax import coding
 from btc_jax._arraylike import BehavesAsArray
-from btc_jax._mesh import like_leaf, refuse_staging
 from btc_jax._typing import Array, Order
-from btc_jax.allocate import Item, allocate, usual_target
-from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
-from btc_jax.codecs import Codec
-from btc_jax.decoding import unpack
+from btc_jax.decoding import on_cpu, unpack
+from btc_jax.formats import Format
 from btc_jax.intact import changes
 from btc_jax.seal import SEAL, changed_arrays
 
@@ -27,7 +23,7 @@ from btc_jax.seal import SEAL, changed_arrays
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("planes", "header", "seal"),
-    meta_fields=("shape", "dtype", "codec", "order"),
+    meta_fields=("shape", "dtype", "format", "order"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BTCTensor(BehavesAsArray, AxisMetadata):
@@ -41,10 +37,10 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     Attributes:
         planes: the packed codes, most significant bits first, as far as blocks have them; see `btc_jax.planes`.
-        header: what each block stores besides its codes, by name; see the codec.
+        header: what each block stores besides its codes, by name; see the format.
         shape: shape of the leaf.
         dtype: dtype of the leaf, and of what `dequantize` returns.
-        codec: the codec that wrote it.
+        format: what the arrays mean; nothing of how they were made.
         order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
         seal: two numbers that show whether the arrays were changed; see `btc_jax.seal`.
 
@@ -57,7 +53,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         >>> import btc_jax, jax.numpy as jnp
         >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
         >>> q
-        BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, codec=Uniform(block_size=64, ...), order='output-major')
+        BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, format=UniformFormat(block_size=64, ...), order='output-major')
         >>> q.nbytes, q.dequantize().shape, q.sum(axis=0).shape
         (4364, (64, 64), (64,))
     """
@@ -67,7 +63,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     header: Any
     shape: tuple[int, ...]
     dtype: np.dtype
-    codec: Codec
+    format: Format
     order: Order
     seal: Any = dataclasses.field(default_factory=SEAL.copy)
 
@@ -88,7 +84,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     @property
     def num_blocks(self) -> int:
         """Number of blocks, the short last one included."""
-        return -(-self.size // self.codec.block_size)
+        return -(-self.size // self.format.block_size)
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +103,10 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     @property
     def widths(self) -> Array:
         """Bits per weight of each block, `u8[blocks]`."""
-        return self.codec.unpack_header(jax.tree.map(jnp.asarray, self.header), self.num_blocks)[0]
+        on_host = all(map(on_cpu, self.header.values()))  # then nothing is compiled for their number
+        header = jax.tree.map(np.asarray if on_host else jnp.asarray, self.header)
+        widths = self.format.unpack_header(header, self.num_blocks)[0]
+        return jax.device_put(widths) if on_host else widths
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The weights as an array of `shape`, in `dtype` or the leaf's own.
@@ -123,7 +122,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             )
         self.__post_init__()  # a device may have been computing the arrays before
         dtype = jax.dtypes.canonicalize_dtype(self.dtype if dtype is None else dtype)
-        return unpack(self.planes, self.header, self.seal, self.codec, self.shape, dtype, self.order)
+        return unpack(self.planes, self.header, self.seal, self.format, self.shape, dtype, self.order)
 
     def __repr__(self) -> str:
         whole = all(hasattr(array, "dtype") for array in jax.tree.leaves(self))
@@ -131,7 +130,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         stack = f"stack={self.stack}, " if self.stack else ""
         return (
             f"BTCTensor({stack}shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits}, "
-            f"codec={self.codec!r}, order={self.order!r})"
+            f"format={self.format!r}, order={self.order!r})"
         )
 
     # Flax Linen unboxes every parameter that is an AxisMetadata, before it looks at its shape.
@@ -173,54 +172,6 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             return self.dequantize().__array__(dtype, copy=copy)
         with jax.ensure_compile_time_eval():  # a leaf that a traced function closes over has values, as arrays there do
             return self.dequantize().__array__(dtype, copy=copy)
-
-
-def quantize_leaf(
-    leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf", slope: float | None = None
-) -> BTCTensor:
-    """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
-
-    Args:
-        leaf: weights of any shape and floating dtype.
-        codec: how the blocks are coded.
-        order: how the weights run through the blocks.
-        path: what error messages call the leaf.
-        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the weights; without
-            it, the one that comes to 4.5 effective bits. A tree is better shared out as a whole, by `btc_quantize`.
-
-    Raises:
-        ValueError: weights are NaN, infinite, or too large for the header; or the order is unknown.
-        TypeError: the array is traced, or not floating.
-    """
-    if is_packed(leaf):
-        return leaf
-    if isinstance(leaf, Tracer):
-        raise TypeError(
-            f"{path} is traced; the widths of its blocks are read on the host. Use btc_reconstruct inside jit"
-        )
-    refuse_staging(path)
-    check_order(order, np.shape(leaf), path)
-    dtype = np.dtype(getattr(leaf, "dtype", float))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
-    array = jnp.asarray(leaf)
-    if slope is not None and not 0 <= slope < 1e30:
-        raise ValueError(f"{path}: slope is {slope!r}; it must be a number from 0 to 1e30")
-    if codec.candidates != (codec,) or (codec.adaptive and slope is None):
-        item = Item(path, lambda: array, array.shape, codec, order)
-        (choice,), _ = allocate([item], usual_target([codec]), balance=0)
-        codec, slope = choice.codec, choice.slope
-    planes, header = coding.pack(leaf, codec, order, path, slope or 0.0)
-    seal = like_leaf(jnp.asarray(SEAL), leaf)
-    return BTCTensor(planes, header, array.shape, dtype, codec.stored, order, seal)
-
-
-def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
-    """Refuses an order that is unknown, or would transform axes that are too long for taps."""
-    if order not in ORDERS:
-        raise ValueError(f"{what}: order is {order!r}; it can be {', '.join(map(repr, ORDERS))}")
-    if math.prod(taps := tap_sizes(shape, order)) > MAX_TAPS:
-        raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in all")
 
 
 def is_packed(x: Any) -> bool:

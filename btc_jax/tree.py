@@ -20,11 +20,13 @@ from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Choice, Item, Target, allocate, target_of, usual_target
+from btc_jax.allocate import Item, Target, allocate, target_of, usual_target
 from btc_jax.codecs import Codec
+from btc_jax.coding import Recipe
+from btc_jax.packing import packed_leaf
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.policy.training import by_container
-from btc_jax.tensor import is_packed, quantize_leaf
+from btc_jax.tensor import is_packed
 
 
 def btc_quantize(
@@ -194,7 +196,7 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
 
 def choose(
     leaves: Sequence[Any], decisions: Sequence[Decision], target: Target | None, balance: float
-) -> list[Choice | None]:
+) -> list[Recipe | None]:
     """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
 
     Args:
@@ -215,9 +217,9 @@ def choose(
             "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
         )
     if target and shared:
-        choices, _ = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
+        choices = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
-    return [how.codec and found.get(how.tied_to or how.path, Choice(how.codec, how.order)) for how in decisions]
+    return [how.codec and (found.get(how.tied_to or how.path) or _plain(how.codec, how.order)) for how in decisions]
 
 
 def leaf_nbytes(leaf: Any) -> int:
@@ -248,13 +250,18 @@ def _item(leaf: Any, how: Decision) -> Item:
     return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
 
 
-def _quantize(how: Decision, leaf: Any, choice: Choice | None) -> Any:
-    return leaf if choice is None else quantize_leaf(leaf, choice.codec, choice.order, how.path, choice.slope)
+def _plain(codec: Codec, order: Any) -> Recipe:
+    return Recipe(codec, codec.formats[0], order, codec.slope or 0.0)
 
 
-def _reconstruct(how: Decision, leaf: Any, choice: Choice | None) -> Any:
-    return leaf if choice is None else coding.reconstruct(leaf, choice.codec, choice.order, choice.slope)
+def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> Any:
+    return leaf if recipe is None else packed_leaf(leaf, recipe, how.path)[0]
 
 
-def _rule(how: Decision, choice: Choice) -> Rule:
-    return Rule(f"re:{re.escape(how.path)}", choice.codec.fixed(choice.slope, choice.rms), choice.order, how.weight)
+def _reconstruct(how: Decision, leaf: Any, recipe: Recipe | None) -> Any:
+    return leaf if recipe is None else coding.reconstruct(leaf, recipe)
+
+
+def _rule(how: Decision, recipe: Recipe) -> Rule:
+    codec = recipe.codec.decided(recipe.form, recipe.slope, recipe.rms)
+    return Rule(f"re:{re.escape(how.path)}", codec, recipe.order, how.weight)

@@ -110,16 +110,16 @@ def codes_of(planes, widths, possible, block_size):
 
 def multilevel_codes(tensor):
     """The codes of all blocks of a packed leaf."""
-    width = tensor.codec.width
+    width = tensor.format.width
     headers = np.asarray(tensor.header["header"])
     widths = np.array([multilevel_grid(h, 1.0)[0] if width is None else width for h in headers], np.int64)
-    return codes_of(tensor.planes, widths, range(9) if width is None else (width,), tensor.codec.block_size)
+    return codes_of(tensor.planes, widths, range(9) if width is None else (width,), tensor.format.block_size)
 
 
 def multilevel_blocks(tensor):
     """The weights of all blocks of a packed leaf, in the order of the blocks."""
     step, centre = (float(np.asarray(tensor.header[name])[0]) for name in ("step", "centre"))
-    grids = [multilevel_levels(h, step, centre, tensor.codec.width) for h in np.asarray(tensor.header["header"])]
+    grids = [multilevel_levels(h, step, centre, tensor.format.width) for h in np.asarray(tensor.header["header"])]
     return np.array([levels[codes] for levels, codes in zip(grids, multilevel_codes(tensor), strict=True)])
 
 

@@ -349,7 +349,7 @@ def test_rows_that_do_not_fit_the_widths_are_refused():
     q = leaf(Multilevel(slope=0.004), (40, 16))
     header = {**q.header, "header": np.roll(np.asarray(q.header["header"]), 1) ^ np.uint8(0b10000000)}
     with pytest.raises(TypeError, match=r"\(40, 16\).*rows.*btc_dequantize"):
-        type(q)(q.planes, header, q.shape, q.dtype, q.codec, q.order).dequantize()
+        type(q)(q.planes, header, q.shape, q.dtype, q.format, q.order).dequantize()
 
 
 def test_numpy_on_the_left_leaves_the_operator_to_the_leaf():

@@ -54,7 +54,7 @@ def same(a: Any, b: Any) -> None:
 
 def same_leaf(x: Any, y: Any) -> None:
     if is_packed(x):
-        assert (x.shape, x.dtype, x.codec, x.order) == (y.shape, y.dtype, y.codec, y.order)
+        assert (x.shape, x.dtype, x.format, x.order) == (y.shape, y.dtype, y.format, y.order)
         same([*x.planes, x.header], [*y.planes, y.header])
     elif isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         assert x.dtype == y.dtype

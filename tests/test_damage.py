@@ -151,7 +151,7 @@ def test_messages_name_what_is_damaged(tmp_path):
     assert (result.ok, len(result.damaged), result.leaves) == (False, 2, 9)
     assert "'dense'" in result.damaged[0]
     assert "'packed'" in result.damaged[1]
-    assert not result.unknown_codecs
+    assert not result.unknown_formats
     assert set(load(path, select=["half", "bytes"])) == {"half", "bytes"}
     assert load(path, checksums=False)["dense"].shape == (40,)
     path.write_bytes(path.read_bytes()[:-1])

@@ -27,9 +27,9 @@ def magnitude(packed, decoded):
     """The largest weight of each block, or of the leaf where blocks are mixed; so large are the terms in float32."""
     largest = np.abs(decoded.astype(np.float64)).reshape(-1)
     if packed.order == "stored":
-        filled = np.pad(largest, (0, packed.num_blocks * packed.codec.block_size - largest.size))
-        blocks = filled.reshape(packed.num_blocks, packed.codec.block_size).max(1)
-        return blocks.repeat(packed.codec.block_size)[: largest.size].reshape(packed.shape)
+        filled = np.pad(largest, (0, packed.num_blocks * packed.format.block_size - largest.size))
+        blocks = filled.reshape(packed.num_blocks, packed.format.block_size).max(1)
+        return blocks.repeat(packed.format.block_size)[: largest.size].reshape(packed.shape)
     return largest.max(initial=0)
 
 

@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 from btc_jax import (
     BTCFormatError,
     Multilevel,
+    MultilevelFormat,
     btc_dequantize,
     btc_quantize,
     btc_reconstruct,
     codec_from_json,
+    coding,
     load,
     quantize_leaf,
     save,
 )
 from btc_jax.seal import SEAL
+from btc_jax.tiles import blocks_in
 from tests import oracle
 from tests.hostile.forge import checkpoint, manifest, packed_format
 from tests.hostile.forge import packed as packed_record
@@ -67,13 +70,13 @@ def unchecked_codec(**arguments):
 
 @pytest.mark.parametrize("width", [None, 0, 5, 8])
 def test_each_of_256_headers_means_what_is_documented(width):
-    codec, step, centre = Multilevel(256, width), float(np.float32(0.3)), float(np.float32(-0.7))
+    form, step, centre = MultilevelFormat(256, width), float(np.float32(0.3)), float(np.float32(-0.7))
     numbers = {"step": jnp.full(1, step), "centre": jnp.full(1, centre)}
-    widths, header = codec.unpack_header({"header": jnp.arange(256, dtype=jnp.uint8)} | numbers, 256)
+    widths, header = form.unpack_header({"header": jnp.arange(256, dtype=jnp.uint8)} | numbers, 256)
     expected = [oracle.multilevel_levels(h, step, centre, width) for h in range(256)]
     assert np.asarray(widths).tolist() == [len(levels).bit_length() - 1 for levels in expected]
     codes = jnp.asarray([np.arange(256) % len(levels) for levels in expected], jnp.uint32)
-    decoded = np.asarray(codec.decode(codes, codec.grid(widths, header)))
+    decoded = np.asarray(form.decode(codes, form.grid(widths, header)))
     for h, levels in enumerate(expected):
         largest = np.abs(levels).max() + oracle.multilevel_grid(h, step)[1]
         np.testing.assert_allclose(decoded[h], levels[np.asarray(codes)[h]], rtol=0, atol=3 * EPS * largest)
@@ -95,14 +98,10 @@ def test_everything_stored_is_counted():
 @pytest.mark.parametrize("codec", [Multilevel(), Multilevel(64, 5), Multilevel(width=0)])
 @pytest.mark.parametrize("blocks", [0, 1, 9])
 def test_the_stored_header_is_as_announced(codec, blocks):
-    def stored_of(parts):
-        setting = codec.tune([parts], 0.01)
-        coded = codec.encode(parts, setting)
-        return codec.pack_header(coded.widths, coded.header, setting)
-
-    stored = jax.eval_shape(stored_of, jax.ShapeDtypeStruct((blocks, codec.block_size), jnp.float32))
-    announced = codec.stored_header(blocks)
-    assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in announced.items()}
+    tensor = quantize_leaf(np.ones((blocks, codec.block_size), np.float32), codec, "stored", slope=0.01)
+    announced = tensor.format.stored_header(blocks)
+    described = {name: (array.shape, array.dtype) for name, array in tensor.header.items()}
+    assert described == {name: (array.shape, array.dtype) for name, array in announced.items()}
 
 
 @pytest.mark.parametrize("codec", [Multilevel(), Multilevel(64, effort="exhaustive"), Multilevel(width=3)])
@@ -146,7 +145,7 @@ def levels_of(tensor):
     """The levels of each block of a packed leaf."""
     step, centre = (float(np.asarray(tensor.header[name])[0]) for name in ("step", "centre"))
     headers = np.asarray(tensor.header["header"])
-    return [oracle.multilevel_levels(h, step, centre, tensor.codec.width) for h in headers]
+    return [oracle.multilevel_levels(h, step, centre, tensor.format.width) for h in headers]
 
 
 @FEW
@@ -197,17 +196,19 @@ BLOCKS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="codec")
 def encoded(blocks, slope, codec):
-    setting = codec.tune([blocks], slope)
-    return setting, codec.encode(blocks, setting)
+    recipe = coding.Recipe(codec, codec.formats[0], "stored", slope)
+    laid = blocks_in(blocks, 32, "stored")
+    setting, _ = coding.surveyed(laid, recipe)
+    (tile,) = coding.encoded(laid, recipe, setting, 1.0)
+    return setting, tile
 
 
 @functools.cache
 def problem(name, octave):
     """Blocks, and the costs of all headers for them."""
     blocks = BLOCKS[name](np.random.default_rng(0)).astype(np.float32)
-    setting, _ = encoded(jnp.asarray(blocks), jnp.float32(2.0**octave), Multilevel())
+    setting, _ = encoded(blocks, 2.0**octave, Multilevel())
     step, centre, unit = (float(setting[key]) for key in ("step", "centre", "unit"))
     scaled = (blocks.astype(np.float64) - centre) / unit
     return blocks, oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**octave, 32)
@@ -216,7 +217,7 @@ def problem(name, octave):
 def excess_cost(name, octave, codec):
     """By what part the cost of all blocks together exceeds that of their best headers."""
     blocks, costs = problem(name, octave)
-    _, coded = encoded(jnp.asarray(blocks), jnp.float32(2.0**octave), codec)
+    _, coded = encoded(blocks, 2.0**octave, codec)
     chosen = costs[np.asarray(coded.header["header"]), np.arange(len(blocks))]
     return chosen.sum() / costs.min(0).sum() - 1
 
@@ -239,7 +240,7 @@ def test_the_fast_encoder_is_near_where_an_outlier_just_exceeds_an_escape():
     blocks[7, 3] = 75.7  # 2 ** 9.505 steps; escapes hold 2 ** 9.5 and 2 ** 11
     costs = []
     for codec in (Multilevel(), Multilevel(effort="exhaustive")):
-        setting, coded = encoded(jnp.asarray(blocks), jnp.float32(2.0**-10), codec)
+        setting, coded = encoded(blocks, 2.0**-10, codec)
         step, unit = float(setting["step"]), float(setting["unit"])
         scaled = blocks[7:8].astype(np.float64) / unit
         headers = oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**-10, 32)
@@ -446,7 +447,7 @@ def test_files_give_back_every_bit(tmp_path, width):
     save(tmp_path / "m.safetensors", {"w": tensor})
     loaded = load(tmp_path / "m.safetensors")["w"]
     assert same_bytes(loaded, tensor)
-    assert (loaded.shape, loaded.dtype, loaded.codec, loaded.order) == (LEAF, np.float32, tensor.codec, "stored")
+    assert (loaded.shape, loaded.dtype, loaded.format, loaded.order) == (LEAF, np.float32, tensor.format, "stored")
     assert np.array_equal(loaded.dequantize(), tensor.dequantize())
 
 

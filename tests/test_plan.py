@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize, codec_from_json
+from btc_jax import (
+    Multilevel,
+    Policy,
+    Rule,
+    Uniform,
+    UniformFormat,
+    btc_metrics,
+    btc_plan,
+    btc_quantize,
+    codec_from_json,
+)
 from btc_jax.seal import SEAL
 from tests import oracle
 
@@ -127,7 +137,7 @@ def test_packed_leaves_keep_their_bytes_codec_and_order():
     packed = btc_quantize({"w": weights((40, 48))}, policy=policy)
     (row,) = btc_plan(packed).rows
     assert row.bytes_before == row.bytes_min == row.bytes_max == stored_bytes(packed)
-    assert (row.codec, row.order, row.reason, row.dtype) == (Uniform(32), "stored", "already quantized", "float32")
+    assert (row.codec, row.order, row.reason, row.dtype) == (UniformFormat(32), "stored", "already quantized", "float32")
 
 
 def test_leaf_without_weights_takes_no_bytes():

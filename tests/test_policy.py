@@ -392,13 +392,13 @@ def test_a_policy_without_a_codec_works_with_every_function(tmp_path):
     weights = {name: {"kernel": rng.standard_normal((64, 64)).astype(np.float32)} for name in ("body", "head")}
     policy = Policy(rules=(Rule("head/*", None),))
     packed = btc_quantize(weights, policy=policy, bits=4.5)
-    assert (packed["body"]["kernel"].codec.id, packed["head"]["kernel"] is weights["head"]["kernel"]) == (
+    assert (packed["body"]["kernel"].format.id, packed["head"]["kernel"] is weights["head"]["kernel"]) == (
         "multilevel",
         True,
     )
     assert btc_metrics(weights, packed, policy=policy).total.effective_bits <= 4.5
     assert [rule.pattern for rule in btc_allocate(weights, policy=policy, bits=4.5).rules] == ["re:body/kernel"]
-    assert btc_quantize(weights, policy=policy)["body"]["kernel"].codec.id == "uniform"
+    assert btc_quantize(weights, policy=policy)["body"]["kernel"].format.id == "uniform"
     decoded = jax.jit(lambda tree: btc_reconstruct(tree, policy=policy))(weights)
     np.testing.assert_array_equal(decoded["head"]["kernel"], weights["head"]["kernel"])
     found = btc_search(weights, policy=policy, bits=(3, 6), max_rmse=0.5, progress=False)

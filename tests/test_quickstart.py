@@ -106,7 +106,7 @@ def test_blocks_of_64_where_nothing_holds(exam, capsys):
         exam, PARAMS, quickstart.checked_codec(quickstart.CodecName.UNIFORM, threshold=float("inf"))
     )
     assert "No block size holds" in capsys.readouterr().out
-    assert tree["kernel"].codec.block_size == 64
+    assert tree["kernel"].format.block_size == 64
 
 
 def test_the_split_is_fixed_by_the_seed_and_even():

@@ -12,16 +12,17 @@ import pytest
 import btc_jax
 from btc_jax import (
     BTCTensor,
-    BTCUnknownCodecError,
+    BTCUnknownFormatError,
     Multilevel,
     Uniform,
+    UniformFormat,
     load,
     quantize_leaf,
-    register_codec,
+    register_format,
     save,
     verify,
 )
-from btc_jax.codecs import CODECS
+from btc_jax.formats import FORMATS
 from btc_jax.seal import SEAL
 
 
@@ -36,18 +37,34 @@ def numpy_leaf() -> BTCTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unregistered(Uniform):
+class UnregisteredFormat(UniformFormat):
     id: ClassVar[str] = "tests-unregistered"
 
 
-@register_codec
+@dataclasses.dataclass(frozen=True)
+class Unregistered(Uniform):
+    @property
+    def formats(self):
+        return (UnregisteredFormat(self.block_size),)
+
+
+@register_format
+@dataclasses.dataclass(frozen=True)
+class CoarseFormat(UniformFormat):
+    """A format of one's own."""
+
+    id: ClassVar[str] = "tests-coarse"
+
+    widths: tuple[int, ...] = (2, 8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Coarse(Uniform):
     """A codec of one's own."""
 
-    id: ClassVar[str] = "tests-coarse"
-
-    low_bits: int = 2
+    @property
+    def formats(self):
+        return (CoarseFormat(self.block_size),)
 
 
 def with_broken_seal():
@@ -101,7 +118,7 @@ REFUSED = {
     ),
     "seal": (TypeError, with_broken_seal, "seal"),
     "widths": (TypeError, with_other_widths, "rows"),
-    "codec": (ValueError, lambda: leaf(Unregistered()), "'tests-unregistered'.*register_codec"),
+    "codec": (ValueError, lambda: leaf(Unregistered()), "'tests-unregistered'.*register_format"),
     "codec before packing": (ValueError, with_a_codec_before_packing, "before packing"),
     "order": (ValueError, with_another_order, "sideways"),
     "shapes": (TypeError, shapes_only, "ShapeDtypeStruct"),
@@ -137,25 +154,25 @@ def test_a_codec_of_ones_own(tmp_path):
     packed = {"w": leaf(Coarse(16, threshold=0.1))}
     save(tmp_path / "m.safetensors", packed)
     loaded = load(tmp_path / "m.safetensors")["w"]
-    assert type(loaded.codec) is Coarse
+    assert type(loaded.format) is CoarseFormat
     assert np.array_equal(loaded.dequantize(), packed["w"].dequantize())
 
 
 def test_an_unknown_codec_is_not_damage(tmp_path, monkeypatch):
     save(tmp_path / "m.safetensors", {"other": leaf(), "w": leaf(Coarse(16, threshold=0.1)), "bias": np.ones(3)})
-    monkeypatch.delitem(CODECS, "tests-coarse")
-    with pytest.raises(BTCUnknownCodecError, match=r"m\.safetensors.*'w'.*'tests-coarse'.*register_codec") as caught:
+    monkeypatch.delitem(FORMATS, "tests-coarse")
+    with pytest.raises(BTCUnknownFormatError, match=r"m\.safetensors.*'w'.*'tests-coarse'.*register_format") as caught:
         load(tmp_path / "m.safetensors")
-    assert caught.value.codec == "tests-coarse"
+    assert caught.value.format == "tests-coarse"
     assert set(load(tmp_path / "m.safetensors", select=["bias", "other"])) == {"bias", "other"}
     found = verify(tmp_path / "m.safetensors")
-    assert (found.damaged, len(found.unknown_codecs), found.ok) == ((), 1, False)
-    assert "'w'" in found.unknown_codecs[0]
+    assert (found.damaged, len(found.unknown_formats), found.ok) == ((), 1, False)
+    assert "'w'" in found.unknown_formats[0]
     data = bytearray((tmp_path / "m.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "m.safetensors").write_bytes(data)
     found = verify(tmp_path / "m.safetensors")
-    assert (len(found.damaged), found.unknown_codecs) == (1, ())
+    assert (len(found.damaged), found.unknown_formats) == (1, ())
 
 
 def test_a_codec_of_ones_own_with_orbax(tmp_path, monkeypatch):
@@ -168,6 +185,6 @@ def test_a_codec_of_ones_own_with_orbax(tmp_path, monkeypatch):
         manager.wait_until_finished()
         loaded = manager.restore(0, args=BTCRestore())["w"]
         assert np.array_equal(loaded.dequantize(), packed["w"].dequantize())
-        monkeypatch.delitem(CODECS, "tests-coarse")
-        with pytest.raises(BTCUnknownCodecError):
+        monkeypatch.delitem(FORMATS, "tests-coarse")
+        with pytest.raises(BTCUnknownFormatError):
             manager.restore(0, args=BTCRestore())

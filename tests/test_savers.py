@@ -13,7 +13,16 @@ from flax import serialization
 from flax.training import train_state
 from jax import export
 
-from btc_jax import Multilevel, Uniform, UnknownCodecError, btc_dequantize, btc_quantize, is_packed, quantize_leaf
+from btc_jax import (
+    Multilevel,
+    Uniform,
+    UniformFormat,
+    UnknownFormatError,
+    btc_dequantize,
+    btc_quantize,
+    is_packed,
+    quantize_leaf,
+)
 
 TARGETS = [{}, {"bits": 4.5}, {"codec": Multilevel(width=3)}, {"codec": Multilevel(width=0)}]
 
@@ -60,11 +69,16 @@ def test_flax_serialization_names_what_does_not_fit():
         serialization.from_bytes(packed, dense)
 
 
-def test_flax_serialization_refuses_a_codec_that_no_file_can_name():
-    class Own(Uniform):
+def test_flax_serialization_refuses_a_format_that_no_file_can_name():
+    class OwnFormat(UniformFormat):
         pass
 
-    with pytest.raises(UnknownCodecError, match="register_codec"):
+    class Own(Uniform):
+        @property
+        def formats(self):
+            return (OwnFormat(self.block_size),)
+
+    with pytest.raises(UnknownFormatError, match="register_format"):
         serialization.to_bytes({"kernel": quantize_leaf(jnp.ones((8, 8)), Own(32))})
 
 

@@ -11,10 +11,12 @@ import pytest
 from btc_jax import (
     BTCPolicyError,
     Multilevel,
+    MultilevelFormat,
     Policy,
     Rule,
     SearchStatus,
     Uniform,
+    UniformFormat,
     btc_dequantize,
     btc_evaluate,
     btc_metrics,
@@ -196,7 +198,7 @@ def test_evaluate_sees_the_float_tree_and_then_each_packed_one():
 
     result = search(evaluate, block_sizes=(32, 64))
     assert seen[0] is PARAMS
-    assert [is_packed(tree["kernel"]) and tree["kernel"].codec.block_size for tree in seen[1:]] == [32, 64]
+    assert [is_packed(tree["kernel"]) and tree["kernel"].format.block_size for tree in seen[1:]] == [32, 64]
     assert seen[2] is result.tree
 
 
@@ -324,8 +326,8 @@ def test_rules_keep_their_codec_and_the_rest_of_the_default_is_kept():
     result = btc_search(tree, policy=Policy(CODEC, rules, min_size=100), block_sizes=(32, 64), max_rmse=None)
     assert [trial.codec for trial in result.trials] == [Uniform(32, threshold=0.0), Uniform(64, threshold=0.0)]
     assert result.tree is not None
-    assert result.tree["head"].codec == Uniform(16, threshold=math.inf)
-    assert result.tree["kernel"].codec == Uniform(64, threshold=0.0)
+    assert result.tree["head"].format == UniformFormat(16, (4,))
+    assert result.tree["kernel"].format == UniformFormat(64, (8,))
     assert result.tree["first"] is tree["first"]
 
 
@@ -509,7 +511,7 @@ def test_codecs_and_policies_work_with_bits():
     result = btc_search(tree, lambda tree: 0.9, policy=policy, bits=(3, 4), progress=False)
     assert result.tree is not None
     assert result.tree["head"] is tree["head"]
-    assert result.tree["kernel"].codec == Multilevel(64)
+    assert result.tree["kernel"].format == MultilevelFormat(64)
 
 
 @pytest.mark.parametrize("bits", [(6, 2), (0, 3), (-1, 2), (math.nan, 3), (3, math.nan), (2, math.inf)])

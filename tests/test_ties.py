@@ -60,7 +60,7 @@ def test_the_rest_of_the_tree_is_packed_as_without_the_second_path(target):
     packed, expected = btc_quantize(TIED, **target), btc_quantize(ONE, **target)
     for path in (("embed", "embedding"), ("mlp", "kernel")):
         a, b = packed[path[0]][path[1]], expected[path[0]][path[1]]
-        assert (a.nbytes, a.order, a.codec) == (b.nbytes, b.order, b.codec)
+        assert (a.nbytes, a.order, a.format) == (b.nbytes, b.order, b.format)
         np.testing.assert_array_equal(a.dequantize(), b.dequantize())
 
 

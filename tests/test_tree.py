@@ -16,6 +16,7 @@ from btc_jax import (
     Policy,
     Rule,
     Uniform,
+    UniformFormat,
     btc_allocate,
     btc_dequantize,
     btc_metrics,
@@ -112,8 +113,8 @@ def test_rules_give_each_leaf_its_codec_and_order():
     rules = (Rule("a/*", None), Rule("re:b/.*", Uniform(32, 2, 4), "stored"))
     packed = btc_quantize(tree, policy=Policy(Uniform(128), rules))
     assert not is_packed(packed["a"]["kernel"])
-    assert (packed["b"]["kernel"].codec, packed["b"]["kernel"].order) == (Uniform(32, 2, 4), "stored")
-    assert (packed["table"]["embedding"].codec, packed["table"]["embedding"].order) == (Uniform(128), "stored")
+    assert (packed["b"]["kernel"].format, packed["b"]["kernel"].order) == (UniformFormat(32, (2, 4)), "stored")
+    assert (packed["table"]["embedding"].format, packed["table"]["embedding"].order) == (UniformFormat(128), "stored")
 
 
 def test_decodes_in_another_dtype():

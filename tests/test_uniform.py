@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btc_jax import Uniform, codec_from_json, quantize_leaf
+from btc_jax import Uniform, UniformFormat, codec_from_json, quantize_leaf
 from tests import oracle
 
 FEW = settings(max_examples=40, deadline=None)
@@ -36,7 +36,7 @@ def steps(tensor):
     header = {name: np.asarray(array, np.float64) for name, array in tensor.header.items()}
     levels = 2.0 ** np.asarray(tensor.widths) - 1
     step = (header["maximum"] - header["minimum"]) / levels
-    return np.repeat(step, tensor.codec.block_size)[: tensor.size]
+    return np.repeat(step, tensor.format.block_size)[: tensor.size]
 
 
 def within_half_a_step(leaf, tensor):
@@ -67,7 +67,8 @@ def test_equals_the_oracle(block_size, low_bits, high_bits):
 
 def test_codes_equal_the_oracle():
     blocks = weights(1, (50, 64))
-    coded = Uniform(64).encode(jnp.asarray(blocks), Uniform(64).tune([], 0.0))
+    setting = {"threshold": jnp.full(50, 0.05, jnp.float32)}
+    coded = Uniform(64).encode(UniformFormat(), jnp.asarray(blocks), jnp.zeros(50), setting)
     for codes, width, block in zip(coded.codes, coded.widths, blocks, strict=True):
         bits, expected, *_ = oracle.quantize_block(block, 4, 8, 0.05)
         assert width == bits
@@ -212,8 +213,7 @@ def test_float64_weights():
 @pytest.mark.parametrize("codec", [Uniform(), Uniform(threshold=0.0), Uniform(header_dtype="float32")])
 @pytest.mark.parametrize("blocks", [0, 1, 9])
 def test_the_stored_header_is_as_announced(codec, blocks):
-    setting = codec.tune([], 0.0)
-    coded = codec.encode(jnp.ones((blocks, codec.block_size)), setting)
-    stored = codec.pack_header(coded.widths, coded.header, setting)
-    announced = codec.stored_header(blocks)
-    assert {k: (v.shape, v.dtype) for k, v in stored.items()} == {k: (v.shape, v.dtype) for k, v in announced.items()}
+    tensor = quantize_leaf(np.ones((blocks, codec.block_size), np.float32), codec, "stored")
+    announced = tensor.format.stored_header(blocks)
+    described = {name: (array.shape, array.dtype) for name, array in tensor.header.items()}
+    assert described == {name: (array.shape, array.dtype) for name, array in announced.items()}

@@ -4,10 +4,8 @@ Every block of an adaptive codec takes the width with the least error plus slope
 bit could save more error anywhere else (the condition of Lagrange); so one number is searched for, whatever the target.
 """
 
-from btc_jax.allocate.leaf import Choice as Choice
-from btc_jax.allocate.leaf import Cost as Cost
-from btc_jax.allocate.leaf import Item as Item
 from btc_jax.allocate.slope import allocate as allocate
+from btc_jax.allocate.survey import Item as Item
 from btc_jax.allocate.target import Target as Target
 from btc_jax.allocate.target import nbytes_of as nbytes_of
 from btc_jax.allocate.target import target_of as target_of

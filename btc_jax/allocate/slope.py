@@ -4,8 +4,12 @@ import functools
 import math
 from collections.abc import Sequence
 
-from btc_jax.allocate.leaf import Choice, Cost, Item, Leaf
+import numpy as np
+
+from btc_jax.allocate.leaves import FINE, Leaves
+from btc_jax.allocate.survey import Item
 from btc_jax.allocate.target import Target
+from btc_jax.coding import Recipe
 
 _LOWEST, _HIGHEST = -26.0, 6.0
 """Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
@@ -15,12 +19,12 @@ _STARVED = 3.0
 """Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
 _TOLERANCE = 0.003
 """Part of a target that may be left unused."""
+_SURE = 4.0
+"""Standard deviations of what is not known of the blocks that were not looked at, which are kept free."""
 
 
-def allocate(
-    items: Sequence[Item], target: Target, *, balance: float, nbytes_beside: int = 0
-) -> tuple[list[Choice], list[Cost]]:
-    """A choice for every item such that all together meet the target from below, with the least error.
+def allocate(items: Sequence[Item], target: Target, *, balance: float, nbytes_beside: int = 0) -> list[Recipe]:
+    """A recipe for every item such that all together meet the target from below, with the least error.
 
     Args:
         items: all leaves to be packed; those of codecs that are not adaptive cost what they cost.
@@ -32,28 +36,26 @@ def allocate(
     Raises:
         ValueError: the target cannot be reached; the message says what can.
     """
-    leaves = [Leaf(item) for item in items]
     target.refuse_fixed(item.codec for item in items)
-    equal = _Problem(leaves, target, [0.0] * len(leaves), math.inf, nbytes_beside)
+    leaves = Leaves(items)
+    equal = _Problem(leaves, target, np.zeros(len(items)), math.inf, nbytes_beside)
     if target.named:
         equal.refuse_unreachable()
-    limit = equal.solve(whole=False) + _STARVED
+    limit = equal.solve(0) + _STARVED
     problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
-    octave = problem.solve(whole=True, near=problem.solve(whole=False))
-    if target.named and problem.excess(octave, whole=True) > 1e-9:
-        target.refuse(*problem.reach(whole=True))
-    return problem.choices(octave), problem.costs(octave, whole=True)
+    octave = problem.solve(FINE, near=problem.solve(0))
+    if target.named and problem.excess(octave, FINE) > 1e-9:
+        target.refuse(*problem.reach(FINE))
+    return leaves.recipes(problem.octaves(octave), FINE)
 
 
-def _own_octaves(leaves: Sequence[Leaf], balance: float) -> list[float]:
+def _own_octaves(leaves: Leaves, balance: float) -> np.ndarray:
     """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
-    scaled = [leaf for leaf in leaves if leaf.scale > 0]
-    logs = math.fsum(leaf.weights * math.log2(leaf.scale) for leaf in scaled)
-    middle = logs / max(sum(leaf.weights for leaf in scaled), 1)
-    return [
-        (balance - 2) * (math.log2(leaf.scale) - middle) - math.log2(leaf.item.weight) if leaf.scale > 0 else 0.0
-        for leaf in leaves
-    ]
+    scaled = leaves.scale > 0
+    logs = np.log2(np.where(scaled, leaves.scale, 1))
+    middle = (leaves.size * logs).sum() / max(leaves.size[scaled].sum(), 1)
+    weights = np.array([item.weight for item in leaves.items])
+    return np.where(scaled, (balance - 2) * (logs - middle) - np.log2(weights), 0.0)
 
 
 class _Problem:
@@ -64,36 +66,42 @@ class _Problem:
         limit: the largest slope of any leaf.
     """
 
-    def __init__(self, leaves: Sequence[Leaf], target: Target, own: Sequence[float], limit: float, nbytes_beside: int):
+    def __init__(self, leaves: Leaves, target: Target, own: np.ndarray, limit: float, nbytes_beside: int):
         self.leaves, self.target, self.own, self.limit = leaves, target, own, limit
         self.nbytes_beside = nbytes_beside
-        self.weights = max(sum(leaf.weights for leaf in leaves), 1)
-        self.signal = math.fsum(leaf.weights * leaf.rms**2 for leaf in leaves)
-        self.lowest, self.highest = _LOWEST - max(own), _HIGHEST - min(own)
+        self.weights = max(int(leaves.size.sum()), 1)
+        self.signal = math.fsum(leaves.size * leaves.rms**2)
+        self.lowest, self.highest = _LOWEST - float(own.max()), _HIGHEST - float(own.min())
 
-    def choices(self, octave: float) -> list[Choice]:
-        return [leaf.choice(min(octave + own, self.limit)) for leaf, own in zip(self.leaves, self.own, strict=True)]
+    def octaves(self, octave: float) -> np.ndarray:
+        """The slope of each leaf over the square of its scale, as a power of two."""
+        return np.minimum(octave + self.own, self.limit)
 
-    def costs(self, octave: float, whole: bool) -> list[Cost]:
-        pairs = zip(self.leaves, self.own, strict=True)
-        return [leaf.cost(min(octave + own, self.limit), whole) for leaf, own in pairs]
-
-    def value(self, octave: float, whole: bool) -> float:
+    def value(self, octave: float, level: int) -> float:
         """What the target is about, at this slope."""
-        costs = self.costs(octave, whole)
-        nbytes = math.fsum(cost.nbytes for cost in costs)
+        return self._value(*self._sums(octave, level)[0])
+
+    def _sums(self, octave: float, level: int) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Bytes and squared error of all leaves, and how far off both may be."""
+        costs = self.leaves.costs(self.octaves(octave), level)
+        squares = self.leaves.size * self.leaves.rms**2
+        sums = math.fsum(costs.nbytes), math.fsum(costs.error * squares)
+        variances = math.fsum(costs.nbytes_variance), math.fsum(costs.error_variance * squares**2)
+        return sums, (math.sqrt(variances[0]), math.sqrt(variances[1]))
+
+    def _value(self, nbytes: float, squares: float) -> float:
         if self.target.kind == "bits":
             return 8 * nbytes / self.weights
         if self.target.kind == "size":
             return nbytes + self.nbytes_beside
-        squares = math.fsum(c.error * le.weights * le.rms**2 for c, le in zip(costs, self.leaves, strict=True))
         if self.target.kind == "rmse":
             return math.sqrt(squares / self.weights)
         return 10 * math.log10(self.signal / squares) if squares else math.inf
 
-    def excess(self, octave: float, whole: bool) -> float:
-        """How far the target is missed, in octaves of error or as a part of the bits; it is met below 0."""
-        value, wanted = self.value(octave, whole), self.target.value
+    def excess(self, octave: float, level: int) -> float:
+        """How far the target is missed, in octaves of error or as a part of the bits; below 0 it is surely met."""
+        (nbytes, squares), (more_bytes, more_squares) = self._sums(octave, level)
+        value, wanted = self._value(nbytes + _SURE * more_bytes, squares + _SURE * more_squares), self.target.value
         if self.target.kind == "rmse":
             return math.log2(max(value, 1e-300) / wanted)
         return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1
@@ -101,29 +109,29 @@ class _Problem:
     def refuse_unreachable(self) -> None:
         """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
         kind, wanted, _ = self.target
-        low, high = self.reach(whole=False)
+        low, high = self.reach(0)
         too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
         if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
             self.target.refuse(low, high)
 
-    def reach(self, whole: bool) -> tuple[float, float]:
+    def reach(self, level: int) -> tuple[float, float]:
         """The least and the largest that the target can be about. Where loud blocks escape, more bits can be worse."""
         if self.target.kind in ("bits", "size"):
-            nbytes = sum(leaf.most for leaf in self.leaves)
+            nbytes = int(self.leaves.most.sum())
             most = 8 * nbytes / self.weights if self.target.kind == "bits" else nbytes + self.nbytes_beside
-            return self.value(self.highest, whole), most
-        values = [self.value(self.lowest + share * (self.highest - self.lowest), whole) for share in _SHARES]
+            return self.value(self.highest, level), most
+        values = [self.value(self.lowest + share * (self.highest - self.lowest), level) for share in _SHARES]
         return min(values), max(values)
 
-    def solve(self, whole: bool, near: float | None = None) -> float:
+    def solve(self, level: int, near: float | None = None) -> float:
         """The power of two of a slope that meets the target and leaves as little of it unused as can be.
 
         Bits fall as the slope rises, and errors rise. Regula falsi, made sure by halving.
         """
-        excess = functools.lru_cache(None)(lambda octave: self.excess(octave, whole))
+        excess = functools.lru_cache(None)(lambda octave: self.excess(octave, level))
         if near is not None:
             guess = near
-            for _ in range(3):  # each look at all of the weights is dear
+            for _ in range(3):  # each look at many blocks is dear
                 if -_TOLERANCE <= excess(guess) <= 0:
                     return guess
                 guess = self._inside(guess - (excess(guess) + _TOLERANCE / 2) / self._rate())
@@ -139,7 +147,7 @@ class _Problem:
         if excess(met) > 0:
             return met  # out of reach, and nobody asked for it
         for i in range(40):
-            room = _TOLERANCE if whole else 0.8 * _TOLERANCE  # some blocks speak for all but for a little
+            room = _TOLERANCE if level else 0.8 * _TOLERANCE  # some blocks speak for all but for a little
             if -room <= excess(met) <= room - _TOLERANCE or abs(met - missed) < 1e-5:
                 break
             share = (excess(met) + _TOLERANCE / 2) / (excess(met) - excess(missed))

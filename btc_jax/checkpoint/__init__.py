@@ -7,7 +7,7 @@ from btc_jax.checkpoint.errors import BTCFormatError as BTCFormatError
 from btc_jax.checkpoint.errors import BTCIntegrityError as BTCIntegrityError
 from btc_jax.checkpoint.errors import BTCNotCompressedError as BTCNotCompressedError
 from btc_jax.checkpoint.errors import BTCTreeWarning as BTCTreeWarning
-from btc_jax.checkpoint.errors import BTCUnknownCodecError as BTCUnknownCodecError
+from btc_jax.checkpoint.errors import BTCUnknownFormatError as BTCUnknownFormatError
 from btc_jax.checkpoint.manifest import LeafRecord as LeafRecord
 from btc_jax.checkpoint.read import Checkpoint as Checkpoint
 from btc_jax.checkpoint.read import Verification as Verification

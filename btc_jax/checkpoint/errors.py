@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from btc_jax.codecs import UnknownCodecError
+from btc_jax.formats import UnknownFormatError
 
 
 class BTCFormatError(ValueError):
@@ -28,16 +28,16 @@ class BTCIntegrityError(BTCFormatError):
     """A file is a compressed checkpoint, and its content was damaged."""
 
 
-class BTCUnknownCodecError(BTCFormatError):
-    """A leaf is whole as far as its checksum tells, and its codec is not registered here.
+class BTCUnknownFormatError(BTCFormatError):
+    """A leaf is whole as far as its checksum tells, and its format is not registered here.
 
     Attributes:
-        codec: the id of the codec; see `btc_jax.register_codec`.
+        format: the id of the format; see `btc_jax.register_format`.
     """
 
-    def __init__(self, message: str, codec: Any):
+    def __init__(self, message: str, form: Any):
         super().__init__(message)
-        self.codec = codec
+        self.format = form
 
 
 class BTCTreeWarning(UserWarning):
@@ -51,7 +51,7 @@ def refusing(what: str) -> Iterator[None]:
         yield
     except BTCFormatError:
         raise
-    except UnknownCodecError as error:
-        raise BTCUnknownCodecError(f"{what}: {error}", error.id) from error
+    except UnknownFormatError as error:
+        raise BTCUnknownFormatError(f"{what}: {error}", error.id) from error
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BTCFormatError(f"{what} is malformed ({type(error).__name__}: {str(error)[:200]})") from error

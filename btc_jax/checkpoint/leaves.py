@@ -19,9 +19,9 @@ from btc_jax.checkpoint.manifest import (
     key_tensor,
     packed_tensor,
 )
-from btc_jax.checkpoint.packed import arrays_of, check, codec_json, from_bytes
+from btc_jax.checkpoint.packed import arrays_of, check, format_json, from_bytes
 from btc_jax.checkpoint.text import canonical
-from btc_jax.codecs import codec_from_json
+from btc_jax.formats import format_from_json
 from btc_jax.tensor import BTCTensor, is_packed
 
 _PYTHON = {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -80,10 +80,10 @@ def signed_leaf(record: LeafRecord, leaf: Any) -> tuple[LeafRecord, list[np.ndar
 
 
 def from_arrays(record: LeafRecord, arrays: Sequence[np.ndarray]) -> Any:
-    """The leaf of a record and of its tensor; packed leaves are checked against their codec.
+    """The leaf of a record and of its tensor; packed leaves are checked against their format.
 
     Raises:
-        BTCFormatError: they do not fit; a `BTCUnknownCodecError` if the codec is not registered.
+        BTCFormatError: they do not fit; a `BTCUnknownFormatError` if the format is not registered.
     """
     with refusing(f"leaf {record.path!r}"):
         return _LEAVES[record.kind](record, *arrays)
@@ -95,7 +95,7 @@ def _packed(path: str, leaf: BTCTensor) -> LeafRecord:
     except (TypeError, ValueError) as error:
         error.args = (f"{path or 'the tree'} cannot be saved: {error}",)
         raise
-    details = {"codec": codec_json(leaf.codec), "order": leaf.order}
+    details = {"codec": format_json(leaf.format), "order": leaf.order}
     tensor = packed_tensor(path, leaf.nbytes)
     return LeafRecord(path, "packed", tuple(leaf.shape), np.dtype(leaf.dtype).name, (tensor,), details)
 
@@ -138,10 +138,10 @@ def _read_python(record: LeafRecord) -> Any:
 
 def _read_packed(record: LeafRecord, array: np.ndarray) -> BTCTensor:
     written = record.details["codec"]
-    codec = codec_from_json(written)
-    if canonical(codec.to_json() | written) != canonical(codec.to_json()):
+    form = format_from_json(written)
+    if canonical(form.to_json() | written) != canonical(form.to_json()):
         raise BTCFormatError(f"leaf {record.path!r} has a codec that is not as written")
-    return from_bytes(array, codec, record.details["order"], record.shape, dtype_of(record.dtype))
+    return from_bytes(array, form, record.details["order"], record.shape, dtype_of(record.dtype))
 
 
 _LEAVES = {"packed": _read_packed, "dense": _read_dense, "key": _read_key, "python": _read_python}

@@ -15,8 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
-from btc_jax.codecs import Codec, check_registered, codec_from_json
 from btc_jax.decoding import wrong_rows
+from btc_jax.formats import Format, check_registered, format_from_json
 from btc_jax.intact import changes
 from btc_jax.planes import plane_specs, row_layout
 from btc_jax.seal import SEAL, changed_arrays
@@ -24,16 +24,16 @@ from btc_jax.tensor import BTCTensor
 
 
 @functools.lru_cache(maxsize=256)
-def codec_json(codec: Codec) -> dict[str, Any]:
-    """A codec as files have it; the same object each time."""
-    return codec.to_json()
+def format_json(form: Format) -> dict[str, Any]:
+    """A format as files have it; the same object each time."""
+    return form.to_json()
 
 
 def check(leaf: BTCTensor) -> None:
     """Refuses a packed leaf that could not be read again. Of its arrays only seal and header are read.
 
     Raises:
-        ValueError: it is stacked, its codec is not registered or not as files have it, or its order has too many taps.
+        ValueError: it is stacked, its format is not registered, or its order has too many taps.
         TypeError: it does not hold arrays with values, or they were changed.
     """
     if leaf.stack:
@@ -41,10 +41,10 @@ def check(leaf: BTCTensor) -> None:
             f"it is a stack of {math.prod(leaf.stack)} packed leaves of shape {leaf.shape}; save them one by one, or "
             "decode them before they are stacked (btc_jax.btc_dequantize)"
         )
-    check_format(leaf.codec, leaf.order, leaf.shape, np.dtype(leaf.dtype))
-    check_registered(leaf.codec)
-    if codec_from_json(codec_json(leaf.codec)) != leaf.codec:
-        raise ValueError(f"its codec {leaf.codec!r} does not come back from its JSON, {leaf.codec.to_json()}")
+    check_format(leaf.order, leaf.shape, np.dtype(leaf.dtype))
+    check_registered(leaf.format)
+    if format_from_json(format_json(leaf.format)) != leaf.format:
+        raise ValueError(f"its format {leaf.format!r} does not come back from its JSON, {leaf.format.to_json()}")
     for array in jax.tree.leaves((leaf.planes, leaf.header, leaf.seal)):
         _refuse_without_values(array)
     if trouble := changes(leaf) or _wrong_rows(leaf):
@@ -53,18 +53,18 @@ def check(leaf: BTCTensor) -> None:
 
 def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
     """The arrays of a packed leaf, in the order of its bytes."""
-    header = [leaf.header[name] for name in leaf.codec.stored_header(leaf.num_blocks)]
+    header = [leaf.header[name] for name in leaf.format.stored_header(leaf.num_blocks)]
     return [np.ascontiguousarray(array) for array in (leaf.seal, *header, *leaf.planes)]
 
 
-def from_bytes(data: np.ndarray, codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:
+def from_bytes(data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:
     """The packed leaf that these bytes hold.
 
     Raises:
         ValueError, TypeError: they do not fit.
     """
-    check_format(codec, order, shape, dtype)
-    blocks = -(-math.prod(shape) // codec.block_size)
+    check_format(order, shape, dtype)
+    blocks = -(-math.prod(shape) // form.block_size)
     # No block is stored in less than a bit, so this also keeps a lie from becoming a large number.
     if blocks > 8 * data.nbytes:
         raise ValueError(f"{blocks} blocks cannot be held by {data.nbytes} bytes")
@@ -74,21 +74,19 @@ def from_bytes(data: np.ndarray, codec: Codec, order: Any, shape: tuple[int, ...
         raise ValueError(
             f"it begins with {seal.tobytes().hex()}, not with the seal of packed leaves, {SEAL.tobytes().hex()}"
         )
-    header = {name: bytes_.next(array.shape, array.dtype) for name, array in codec.stored_header(blocks).items()}
-    planes = tuple(bytes_.next(*plane) for plane in _planes(codec, codec.read_widths(header, blocks)))
+    header = {name: bytes_.next(array.shape, array.dtype) for name, array in form.stored_header(blocks).items()}
+    planes = tuple(bytes_.next(*plane) for plane in _planes(form, form.unpack_header(header, blocks)[0]))
     if bytes_.left:
         raise ValueError(f"it has {bytes_.left} bytes more than the widths of its blocks ask for")
-    return BTCTensor(planes, header, shape, dtype, codec, order, seal)
+    return BTCTensor(planes, header, shape, dtype, form, order, seal)
 
 
-def check_format(codec: Codec, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def check_format(order: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """Refuses what no packed leaf is.
 
     Raises:
-        ValueError: the codec is one as it is before packing, or order or dtype cannot be.
+        ValueError: order or dtype cannot be.
     """
-    if codec.candidates != (codec,) or codec.stored != codec:
-        raise ValueError(f"it has a codec as it is before packing, {codec!r}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"it is packed and of the dtype {dtype}, which is not floating")
     if order not in ORDERS or math.prod(tap_sizes(shape, order)) > MAX_TAPS:
@@ -104,13 +102,13 @@ def _refuse_without_values(array: Any) -> None:
 
 def _wrong_rows(leaf: BTCTensor) -> str:
     header = {name: np.asarray(array) for name, array in leaf.header.items()}
-    return wrong_rows(leaf.planes, leaf.codec, leaf.codec.read_widths(header, leaf.num_blocks))
+    return wrong_rows(leaf.planes, leaf.format, leaf.format.unpack_header(header, leaf.num_blocks)[0])
 
 
-def _planes(codec: Codec, widths: np.ndarray) -> Iterator[tuple[tuple[int, int], np.dtype]]:
+def _planes(form: Format, widths: np.ndarray) -> Iterator[tuple[tuple[int, int], np.dtype]]:
     """Shape and dtype of each plane that has rows."""
-    for spec in plane_specs(codec.widths):
-        rows, layout = int((widths >= spec.end).sum()), row_layout(codec.block_size, spec.bits)
+    for spec in plane_specs(form.widths):
+        rows, layout = int((widths >= spec.end).sum()), row_layout(form.block_size, spec.bits)
         if rows:
             yield (rows, layout.runs * layout.words), layout.dtype
 

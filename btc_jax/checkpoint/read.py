@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.errors import BTCFormatError, BTCUnknownCodecError
+from btc_jax.checkpoint.errors import BTCFormatError, BTCUnknownFormatError
 from btc_jax.checkpoint.opened import Checkpoint as Checkpoint
 from btc_jax.checkpoint.opened import PathLike
 from btc_jax.checkpoint.opened import open_checkpoint as open_checkpoint
@@ -68,19 +68,19 @@ class Verification:
         leaves: number of leaves.
         nbytes: bytes of their tensors.
         damaged: what is wrong, a sentence for each damaged leaf.
-        unknown_codecs: leaves whose bytes match their checksums, and whose codec is not registered here, so that they
+        unknown_formats: leaves whose bytes match their checksums, and whose format is not registered here, so that they
             could not be checked further: a sentence for each.
     """
 
     leaves: int
     nbytes: int
     damaged: tuple[str, ...]
-    unknown_codecs: tuple[str, ...] = ()
+    unknown_formats: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether all of it was checked, and is as it was saved."""
-        return not self.damaged and not self.unknown_codecs
+        return not self.damaged and not self.unknown_formats
 
 
 def verify(path: PathLike) -> Verification:
@@ -96,7 +96,7 @@ def verify(path: PathLike) -> Verification:
             try:
                 if record.kind != "tied":
                     checkpoint.read_numpy(leaf)
-            except BTCUnknownCodecError as error:
+            except BTCUnknownFormatError as error:
                 unknown.append(str(error))
             except BTCFormatError as error:
                 damaged.append(str(error))

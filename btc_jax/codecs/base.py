@@ -1,26 +1,22 @@
-"""The contract of a codec: blocks of float32 weights <-> codes of a few bits and a header.
+"""The contract of a codec: what a user asks for, and how blocks of weights are coded into a format.
 
 A codec is a frozen dataclass of plain numbers: hashable, static under `jax.jit`, equal after a JSON round trip, and its
-repr is a constructor call. It knows nothing of trees and files. Two codecs may share an `id` only if each decodes what
-the other encodes.
+repr is a constructor call. It knows nothing of trees and files.
 """
 
 import abc
 import dataclasses
-import functools
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from btc_jax._typing import Array, Float, UInt, UInt8
+from btc_jax.codecs.statistics import BlockStatistics, LeafStatistics, Leaves
+from btc_jax.formats import Format
 
-from btc_jax._typing import Array, ArrayLike, Bool, Float, PyTree, UInt, UInt8
-
-Setting = dict[str, Array]
-"""What the coding of a block needs to know of its whole leaf: float32 numbers by name."""
+Setting = dict[str, Any]
+"""What the coding of a block needs to know of its whole leaf: float32 numbers by name, or arrays of them over leaves or
+over blocks."""
 
 
 class Coded(NamedTuple):
@@ -41,22 +37,24 @@ class Codec(abc.ABC):
     """Base of all codecs.
 
     Attributes:
-        id: the codec's name in the manifest of a file; see `register_codec`.
+        id: the codec's name in records, and on the command line.
         block_size: weights per block.
+        slope: for a codec that goes by a slope, one of its own; `None` leaves it to a target.
     """
 
     id: ClassVar[str]
     block_size: int
+    slope: float | None = None
 
     @property
     @abc.abstractmethod
-    def widths(self) -> tuple[int, ...]:
-        """All widths a block of this codec can have, in bits, ascending."""
+    def formats(self) -> tuple[Format, ...]:
+        """The formats that it writes. Of several, the allocation chooses one for each leaf."""
 
     @property
-    @abc.abstractmethod
     def adaptive(self) -> bool:
-        """Whether the widths are chosen by what a bit is worth (the slope), and not by a rule of the codec's own."""
+        """Whether a target decides the widths, and not a rule of the codec's own."""
+        return False
 
     @property
     def usual_bits(self) -> float:
@@ -64,75 +62,45 @@ class Codec(abc.ABC):
         return 4.5
 
     @property
-    def candidates(self) -> "tuple[Codec, ...]":
-        """The codecs of which the allocation chooses one for a leaf; each decodes only its own."""
-        return (self,)
-
-    def fixed(self, slope: float, rms: float) -> "Codec":
-        """The codec with its rule fixed at a slope, for a leaf of this root mean square: no longer adaptive."""
+    def encoder(self) -> "Codec":
+        """The codec as `encode` knows it, without the numbers that `tune` reads: others need no other program."""
         return self
 
-    def traced(self, slope: ArrayLike) -> "tuple[Codec, ArrayLike]":
-        """The codec without a slope of its own, and that or the given one: another number is not another program."""
-        return self, slope
-
-    @property
-    def stored(self) -> "Codec":
-        """The codec without what only encoding needs: packed leaves that decode alike have equal ones."""
+    def decided(self, form: Format, slope: float, rms: float) -> "Codec":
+        """A codec that packs a leaf of this root mean square, at this slope and into this format, without a target."""
         return self
 
-    @abc.abstractmethod
-    def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and dtypes of what `pack_header` makes of so many blocks."""
-
-    @property
-    def wide_bits(self) -> int:
-        """The width from which reports call a block wide."""
-        return self.widths[-1]
-
-    def tune(self, parts: Sequence[Float[Array, "_ _"]], slope: ArrayLike) -> Setting:
-        """What the coding of a leaf's blocks has in common.
+    def tune(self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
+        """What the coding of a leaf's blocks has in common, in numpy on the host or traced: see `namespace`.
 
         Args:
-            parts: all blocks of the leaf, those of one size in one matrix.
+            form: one of `formats`.
+            leaf: statistics of the whole leaf, or of several.
+            blocks: statistics of its blocks, or of some that speak for all.
+            leaves: which block is of which leaf.
             slope: the squared error that saves a bit, over the mean square of the leaf's weights.
         """
         return {}
 
     @abc.abstractmethod
-    def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
-        """Codes float32 blocks, of any size up to `block_size`; pure and jit-able.
+    def encode(
+        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
+    ) -> Coded:
+        """Codes float32 blocks; pure, and traceable.
 
-        A weight that is not finite, or too large, must leave a floating value that is not finite in the stored header.
+        Args:
+            form: one of `formats`.
+            blocks: the weights; short blocks are filled up with copies of their last weight.
+            spare: how many places of each block are such copies, which must not count.
+            setting: what `tune` returned, a number for each block.
         """
 
     @abc.abstractmethod
-    def grid(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> PyTree:
-        """What decoding needs to know of each block, from its width and header: arrays over the blocks."""
+    def fits(self, header: Mapping[str, Any]) -> Any:
+        """Whether header and setting of all blocks hold their weights: finite, not too large, not all too small.
 
-    @abc.abstractmethod
-    def decode(self, codes: UInt[Array, "blocks *shape"], grid: PyTree) -> Float[Array, "blocks *shape"]:
-        """The float32 weights that codes stand for; pure, jit-able, and element by element, in any shape of a block."""
-
-    @abc.abstractmethod
-    def pack_header(
-        self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array], setting: Setting
-    ) -> dict[str, Array]:
-        """Widths, header and what is needed of the setting as they are stored, without a spare bit in the last byte."""
-
-    @abc.abstractmethod
-    def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
-        """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and setting as `grid` takes them."""
-
-    def fits(self, stored: Mapping[str, Array]) -> Bool[Array, ""]:
-        """Whether a stored header holds the weights of its leaf: finite, not too large, and not all too small."""
-        floating = [array for array in stored.values() if jnp.issubdtype(array.dtype, jnp.floating)]
-        return functools.reduce(jnp.logical_and, [jnp.isfinite(array).all() for array in floating], jnp.array(True))
-
-    def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
-        """The widths alone, `u8[blocks]`, of a header that is on the host; codecs in numpy need not compile for it."""
-        with jax.ensure_compile_time_eval():  # also asked for while a model is traced
-            return np.asarray(self.unpack_header(jax.tree.map(jnp.asarray, dict(stored)), blocks)[0])
+        On the host or traced. A weight that is not finite must leave a number that is not finite in one of them.
+        """
 
     def to_json(self) -> dict[str, Any]:
         """The codec as plain JSON values; `codec_from_json` is the inverse."""
@@ -144,14 +112,6 @@ class Codec(abc.ABC):
         return cls(**fields)
 
 
-def integer(name: str, value: Any) -> int:
-    """A whole number from the argument `name`, or a `TypeError` that names it."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
-
-
 def positive(name: str, value: Any) -> float:
     """A positive, finite number from the argument `name`, or an error that names it."""
     try:
@@ -161,12 +121,3 @@ def positive(name: str, value: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return number
-
-
-def root_mean_square(parts: Sequence[Float[Array, "_ _"]]) -> Float[Array, ""]:
-    """Of all weights of a leaf, whatever their scale; 0 if none is a normal float32."""
-    largest = functools.reduce(jnp.maximum, [jnp.abs(part).max(initial=0) for part in parts])
-    scale = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 1, largest)
-    # Row by row, so that long sums keep their digits, and of numbers near 1, so that no square vanishes.
-    squares = functools.reduce(jnp.add, [jnp.square(part / scale).sum(1).sum() for part in parts])
-    return jnp.sqrt(squares / max(sum(part.size for part in parts), 1)) * scale

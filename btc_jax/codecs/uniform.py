@@ -7,24 +7,24 @@ Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block T
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from btc_jax._typing import Array, ArrayLike, Bool, Float, UInt, UInt8
-from btc_jax._xla import divide, in_chunks, rounded
-from btc_jax.codecs.base import Codec, Coded, Setting, integer, root_mean_square
+from btc_jax._typing import Array, Float, UInt
+from btc_jax._xla import divide, rounded
+from btc_jax.codecs.base import Codec, Coded, Setting
+from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, total
+from btc_jax.formats import Format, UniformFormat
+from btc_jax.formats.base import integer, namespace
 
 _ROUND = 1.5 * 2**23
 """Added to a float32 in 0..2^22, leaves it rounded, half to even, in the low bits of the significand."""
 
 
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 SMALLEST = {"float16": 2.0**-20, "float32": 1e-35}
 """Largest weight that a leaf must have, unless all are zero, by `header_dtype`. Below, rounding the extremes outwards
@@ -62,8 +62,8 @@ class Uniform(Codec):
         TypeError: an argument is not a number.
 
     Example:
-        >>> Uniform(block_size=32).widths
-        (4, 8)
+        >>> Uniform(block_size=32).formats
+        (UniformFormat(block_size=32, widths=(4, 8), header_dtype='float16'),)
     """
 
     id: ClassVar[str] = "uniform"
@@ -90,18 +90,18 @@ class Uniform(Codec):
             raise ValueError(f"header_dtype is {self.header_dtype!r}; it can be 'float16' or 'float32'")
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        if self.threshold == 0:
-            return (self.high_bits,)
-        return (self.low_bits,) if self.threshold == math.inf else (self.low_bits, self.high_bits)
+    def formats(self) -> tuple[UniformFormat]:
+        widths = (self.low_bits, self.high_bits)
+        widths = widths[1:] if self.threshold == 0 else widths[:1] if self.threshold == math.inf else widths
+        return (UniformFormat(self.block_size, widths, self.header_dtype),)
 
     @property
     def adaptive(self) -> bool:
         return self.threshold == "auto"
 
     @property
-    def wide_bits(self) -> int:
-        return self.high_bits
+    def encoder(self) -> "Uniform":
+        return self if self.threshold in (0, math.inf) else dataclasses.replace(self, threshold="auto")
 
     @property
     def usual_bits(self) -> float:
@@ -109,8 +109,8 @@ class Uniform(Codec):
         header = 16 * jnp.dtype(self.header_dtype).itemsize + 1
         return self.low_bits + (self.high_bits - self.low_bits) / 4 + header / self.block_size
 
-    def fixed(self, slope: float, rms: float) -> "Uniform":
-        threshold = max(rms * math.sqrt(slope * self._worth), _TINY)
+    def decided(self, form: Format, slope: float, rms: float) -> "Uniform":
+        threshold = max(rms * math.sqrt(slope * self._worth), TINY)
         return dataclasses.replace(self, threshold=threshold) if self.adaptive else self
 
     @property
@@ -119,59 +119,29 @@ class Uniform(Codec):
         saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
         return (self.high_bits - self.low_bits) / saved
 
-    def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
-        extreme = jax.ShapeDtypeStruct((blocks,), jnp.dtype(self.header_dtype))
-        extremes = {"maximum": extreme, "minimum": extreme}
-        if len(self.widths) == 1:
-            return extremes
-        return extremes | {"wide": jax.ShapeDtypeStruct((-(-blocks // 8),), jnp.dtype(jnp.uint8))}
-
-    def tune(self, parts: Sequence[Float[Array, "_ _"]], slope: ArrayLike) -> Setting:
+    def tune(self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
         """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
+        xp = namespace(leaf.rms)
         if self.threshold != "auto":
-            return {"threshold": jnp.float32(self.threshold)}
-        threshold = jnp.sqrt(jnp.asarray(slope, jnp.float32) * self._worth) * root_mean_square(parts)
-        return {"threshold": jnp.maximum(threshold, _TINY)}  # zeros are not wide
+            return {"threshold": xp.full_like(leaf.rms, self.threshold)}
+        return {"threshold": xp.maximum(xp.sqrt(slope * self._worth) * leaf.rms, TINY)}  # zeros are not wide
 
-    def encode(self, blocks: Float[Array, "blocks size"], setting: Setting) -> Coded:
-        statistics = functools.partial(self._statistics, setting["threshold"])
-        wide, minimum, maximum = in_chunks(jax.vmap(statistics), blocks)
-        widths, header = self._bits(wide), {"minimum": minimum, "maximum": maximum}
+    def encode(
+        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
+    ) -> Coded:
+        assert isinstance(form, UniformFormat)
+        wide, minimum, maximum = jax.vmap(functools.partial(_statistics, form))(blocks, spare, setting["threshold"])
+        widths, header = form.chosen(wide), {"minimum": minimum, "maximum": maximum}
         # The barrier keeps XLA from computing the grid again for every weight.
-        low, step = jax.lax.optimization_barrier(self.grid(widths, header))
+        low, step = jax.lax.optimization_barrier(form.grid(widths, header))
         return Coded(widths, jax.vmap(_quantize)(blocks, low, step), header)
 
-    def grid(self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array]) -> tuple[Array, Array]:
-        """The lowest level and the step of each block, in float32."""
-        return jax.vmap(self._grid)(widths == self.high_bits, header["minimum"], header["maximum"])
-
-    def decode(self, codes: UInt[Array, "blocks *shape"], grid: tuple[Array, Array]) -> Float[Array, "blocks *shape"]:
-        return jax.vmap(_dequantize)(codes, *grid)
-
-    def pack_header(
-        self, widths: UInt8[Array, " blocks"], header: Mapping[str, Array], setting: Setting
-    ) -> dict[str, Array]:
-        if len(self.widths) == 1:
-            return dict(header)
-        return {**header, "wide": jnp.packbits(widths == self.high_bits, bitorder="little")}
-
-    def unpack_header(self, stored: Mapping[str, Array], blocks: int) -> tuple[Array, dict[str, Array]]:
-        header = dict(stored)
-        if len(self.widths) == 1:
-            return jnp.full(blocks, self.widths[0], jnp.uint8), header
-        wide = jnp.unpackbits(header.pop("wide"), count=blocks, bitorder="little")
-        return self._bits(wide.astype(bool)), header
-
-    def fits(self, stored: Mapping[str, Array]) -> Bool[Array, ""]:
-        extremes = [stored[name].astype(jnp.float32) for name in ("minimum", "maximum")]
-        largest = functools.reduce(jnp.maximum, [jnp.abs(extreme).max(initial=0) for extreme in extremes])
-        return super().fits(stored) & ((largest == 0) | (largest >= SMALLEST[self.header_dtype]))
-
-    def read_widths(self, stored: Mapping[str, np.ndarray], blocks: int) -> np.ndarray:
-        if len(self.widths) == 1:
-            return np.full(blocks, self.widths[0], np.uint8)
-        wide = np.unpackbits(stored["wide"], count=blocks, bitorder="little").astype(bool)
-        return np.where(wide, np.uint8(self.high_bits), np.uint8(self.low_bits))
+    def fits(self, header: Mapping[str, Any]) -> Any:
+        xp = namespace(header["minimum"])
+        extremes = [abs(header[name].astype(xp.float32)) for name in ("minimum", "maximum")]
+        largest = xp.maximum(*(extreme.max(initial=0) for extreme in extremes))
+        finite = xp.logical_and(*(xp.isfinite(extreme).all() for extreme in extremes))
+        return finite & ((largest == 0) | (largest >= SMALLEST[self.header_dtype]))
 
     def to_json(self) -> dict[str, Any]:
         # JSON has no infinity; from_json reads the string back.
@@ -183,41 +153,29 @@ class Uniform(Codec):
         threshold = fields.get("threshold", cls.threshold)
         return cls(**{**fields, "threshold": threshold if threshold == "auto" else float(threshold)})
 
-    def _statistics(self, threshold: Array, block: Float[Array, " size"]) -> tuple[Array, Array, Array]:
-        """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
-        dtype = jnp.dtype(self.header_dtype)
-        minimum = _round_down(block.min(), dtype)
-        maximum = -_round_down(-block.max(), dtype)
-        mean = block.mean()
-        # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
-        in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & ~jnp.isnan(mean)
-        minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
-        if len(self.widths) == 1:
-            return jnp.array(self.widths[0] == self.high_bits), minimum, maximum
-        variance = jnp.mean(jnp.square(block - mean))
-        return ~(jnp.sqrt(variance) < threshold), minimum, maximum
 
-    def _grid(self, wide: Bool[Array, ""], minimum: Float[Array, ""], maximum: Float[Array, ""]) -> tuple[Array, Array]:
-        """Equation 4 of one block, between the extremes of the header, so that encoder and decoder agree."""
-        low, high = minimum.astype(jnp.float32), maximum.astype(jnp.float32)
-        levels = jnp.where(wide, 2.0**self.high_bits - 1, 2.0**self.low_bits - 1)
-        step = divide(high - low, levels)
-        # Some devices keep steps below the normal numbers and some do not; so none does.
-        return low, jnp.where(step < jnp.finfo(jnp.float32).tiny, jnp.zeros_like(step), step)
-
-    def _bits(self, wide: Bool[Array, " blocks"]) -> UInt8[Array, " blocks"]:
-        return jnp.where(wide, jnp.uint8(self.high_bits), jnp.uint8(self.low_bits))
+def _statistics(
+    form: UniformFormat, block: Float[Array, " size"], spare: Float[Array, ""], threshold: Float[Array, ""]
+) -> tuple[Array, Array, Array]:
+    """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
+    dtype = jnp.dtype(form.header_dtype)
+    minimum = _round_down(block.min(), dtype)
+    maximum = -_round_down(-block.max(), dtype)
+    count = block.size - spare
+    mean = total(block, spare) / count
+    # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
+    in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & ~jnp.isnan(mean)
+    minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
+    if len(form.widths) == 1:
+        return jnp.array(True), minimum, maximum
+    variance = total(jnp.square(block - mean), spare) / count
+    return ~(jnp.sqrt(jnp.maximum(variance, 0)) < threshold), minimum, maximum
 
 
 def _quantize(block: Float[Array, " size"], low: Float[Array, ""], step: Float[Array, ""]) -> UInt[Array, " size"]:
     """Equation 5 of one block, forward. A constant block has step 0 and codes 0."""
     scaled = divide(block - low, jnp.where(step > 0, step, jnp.inf))
     return jax.lax.bitcast_convert_type(scaled + _ROUND, jnp.uint32) & 0xFF
-
-
-def _dequantize(codes: UInt[Array, "..."], low: Float[Array, ""], step: Float[Array, ""]) -> Float[Array, "..."]:
-    """Equation 5 of one block, backward."""
-    return low + codes.astype(jnp.int32).astype(jnp.float32) * step
 
 
 def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:

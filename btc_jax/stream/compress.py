@@ -7,10 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from btc_jax.allocate import Choice, target_of
+from btc_jax.allocate import target_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import ERRORS, LeafRecord, error_of_list
@@ -18,14 +15,16 @@ from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import canonical
 from btc_jax.checkpoint.ties import StoredLeaf
 from btc_jax.checkpoint.write import check_readable, check_target, real_path, write_leaves
-from btc_jax.codecs import Codec, check_registered
-from btc_jax.metrics import Error, Measures, Storage, error_of, jsonable, storage_of
+from btc_jax.codecs import Codec
+from btc_jax.coding import Error, Recipe
+from btc_jax.formats import check_registered
+from btc_jax.metrics import Measures, Storage, error_of, jsonable, storage_of
+from btc_jax.packing import packed_leaf
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import open_source
 from btc_jax.stream.container import longest_records, origin_json
 from btc_jax.stream.parts import Parts
 from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested
-from btc_jax.tensor import quantize_leaf
 from btc_jax.tree import decide, leaf_nbytes, one_policy, refuse_nothing_to_do
 
 OnLeaf = Callable[[str, int], None]
@@ -134,12 +133,12 @@ def _refuse_unreadable(
     target: Path, node: Any, leaves: Sequence[LazyLeaf], decisions: Sequence[Decision], max_shard_bytes: int | None
 ) -> None:
     """Refuses, before any leaf is read, what could not be read again: as if each leaf took all its bits."""
-    for codec in {how.codec for how in decisions if how.codec is not None}:
-        check_registered(codec)
+    for form in {form for how in decisions if how.codec is not None for form in how.codec.formats}:
+        check_registered(form)
     check_readable(target, node, longest_records(leaves, decisions), max_shard_bytes)
 
 
-def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Choice | None, on_leaf: OnLeaf | None) -> bool:
+def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Recipe | None, on_leaf: OnLeaf | None) -> bool:
     """Makes sure that a leaf is among the parts, and says whether it already was."""
     finished = parts.has(i)
     if not finished:
@@ -149,17 +148,15 @@ def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Choice | None, on_leaf
     return finished
 
 
-def _compress(lazy: LazyLeaf, choice: Choice | None) -> StoredLeaf:
+def _compress(lazy: LazyLeaf, choice: Recipe | None) -> StoredLeaf:
     """The record of a leaf, with its error if it is packed, and its arrays."""
     path, leaf = lazy.path, lazy.read()
     if choice is None:
         record, arrays = to_arrays(path, leaf)
         return dataclasses.replace(record, details=record.details | origin_json(lazy.origin)), arrays
-    if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype:
-        leaf = jnp.asarray(leaf)  # one copy for all that follows; float64 stays, to be remembered
-    packed = quantize_leaf(leaf, choice.codec, choice.order, path, choice.slope)
+    packed, error = packed_leaf(leaf, choice, path)
     record, arrays = to_arrays(path, packed)
-    measures = jsonable(Measures.of(storage_of(packed), error_of(leaf, packed.dequantize())))
+    measures = jsonable(Measures.of(storage_of(packed), error or error_of(leaf, packed.dequantize())))
     error = error_of_list([measures[name] for name in ERRORS])
     return dataclasses.replace(record, details=record.details | {"error": error}), arrays
 
@@ -190,7 +187,9 @@ def _total(records: Iterable[LeafRecord]) -> tuple[Measures, int]:
     return Measures.of(storage, error), packed
 
 
-def _identity(fingerprint: str, decisions: Sequence[Decision], choices: Sequence[Choice | None]) -> str:
+def _identity(fingerprint: str, decisions: Sequence[Decision], choices: Sequence[Recipe | None]) -> str:
     """Changes with the source and with what is done to its leaves."""
-    done = [choice and (choice.codec.to_json(), choice.order, choice.slope) for choice in choices]
+    done = [
+        choice and (choice.codec.to_json(), choice.form.to_json(), choice.order, choice.slope) for choice in choices
+    ]
     return crc32c(f"{fingerprint} {canonical([[how.path for how in decisions], done])}".encode())

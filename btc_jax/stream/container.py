@@ -11,8 +11,8 @@ from btc_jax.checkpoint.header import header_of
 from btc_jax.checkpoint.index import SUFFIX, index_text
 from btc_jax.checkpoint.manifest import LeafRecord, Manifest, dense_tensor, error_of_list, packed_tensor
 from btc_jax.checkpoint.structure import describe
-from btc_jax.codecs import Codec
 from btc_jax.coding import packed_nbytes
+from btc_jax.formats import Format
 from btc_jax.policy import Decision
 from btc_jax.sources import Origin
 
@@ -50,10 +50,10 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
         return LeafRecord(
             path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), origin_json(getattr(leaf, "origin", None))
         )
-    codec = max(how.codec.candidates, key=lambda codec: _most_nbytes(codec, math.prod(shape)))
+    form = max(how.codec.formats, key=lambda form: _most_nbytes(form, math.prod(shape)))
     order = (with_taps(shape, how.order) if how.free else None) or how.order
-    tensor = packed_tensor(path, _most_nbytes(codec, math.prod(shape)))
-    details = {"codec": codec.stored.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
+    tensor = packed_tensor(path, _most_nbytes(form, math.prod(shape)))
+    details = {"codec": form.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
     return LeafRecord(path, "packed", shape, dtype, (tensor,), details)
 
 
@@ -62,7 +62,7 @@ def origin_json(origin: Origin | None) -> dict[str, Any]:
     return {"origin": [origin.dtype, origin.shape]} if origin else {}
 
 
-def _most_nbytes(codec: Codec, weights: int) -> int:
+def _most_nbytes(form: Format, weights: int) -> int:
     """Bytes of a packed leaf of which every block has all its bits."""
-    blocks = -(-weights // codec.block_size)
-    return packed_nbytes(codec, weights, (*(0 for _ in codec.widths[1:]), blocks))
+    blocks = -(-weights // form.block_size)
+    return packed_nbytes(form, weights, (*(0 for _ in form.widths[1:]), blocks))

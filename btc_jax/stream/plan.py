@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._errors import Remedied
-from btc_jax._typing import Array, PyTree
-from btc_jax.allocate import Choice, Target, target_of
+from btc_jax._typing import PyTree
+from btc_jax.allocate import Target, target_of
 from btc_jax.codecs import Codec
+from btc_jax.coding import Recipe
 from btc_jax.plan import Plan, plan_of
 from btc_jax.policy import Decision, Policy
 from btc_jax.sources import Source, SourceLeaf, open_source
@@ -104,8 +104,8 @@ class LazyLeaf:
         _trim_heap()
         return self._source.read(self.path)
 
-    def __jax_array__(self) -> Array:
-        return jnp.asarray(self.read())
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read()
 
 
 def lazy_leaves(source: Source, leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[LazyLeaf]:
@@ -119,7 +119,7 @@ def choices_of(
     target: Target | None,
     tree: PyTree,
     shards_of: Path | None = None,
-) -> list[Choice | None]:
+) -> list[Recipe | None]:
     """As `choose`; for a target of size the headers of the files count as one more dense leaf."""
     if target is None or target.kind != "size":
         return choose(leaves, decisions, target, policy.balance)

@@ -102,22 +102,23 @@ def codecs() -> Any:
 
 def bare(shape: tuple[int, ...], codec: Multilevel, headers: Sequence[int], order: Any = "stored", **more: Any):
     """A leaf with these headers, over and over, and codes without a meaning: nothing here depends on an encoder."""
-    blocks = -(-int(np.prod(shape)) // codec.block_size)
+    (form,) = codec.formats
+    blocks = -(-int(np.prod(shape)) // form.block_size)
     header = np.resize(np.array(headers, np.uint8), blocks)
     numbers = {name: np.array([more.get(name, usual)], np.float32) for name, usual in (("centre", 0), ("step", 2**-6))}
-    widths = np.asarray(codec.unpack_header({"header": jnp.asarray(header), **map_to_jax(numbers)}, blocks)[0])
+    widths = np.asarray(form.unpack_header({"header": header, **numbers}, blocks)[0])
     codes = (
-        np.arange(blocks * codec.block_size, dtype=np.uint32).reshape(blocks, codec.block_size) * np.uint32(2654435761)
+        np.arange(blocks * form.block_size, dtype=np.uint32).reshape(blocks, form.block_size) * np.uint32(2654435761)
         >> 7
     )
     codes = jnp.asarray(codes & ((1 << widths.astype(np.uint32)) - 1)[:, None])
-    specs = plane_specs(codec.widths)
+    specs = plane_specs(form.widths)
     rows = pack_planes(codes, jnp.asarray(widths), specs)
     present = [np.flatnonzero(widths >= spec.end) for spec in specs]
     planes = tuple(plane[blocks] for plane, blocks in zip(rows, present, strict=True) if blocks.size)
     stored = {"centre": numbers["centre"], "header": header, "step": numbers["step"]}
     dtype = np.dtype(more.get("dtype", np.float32))
-    return BTCTensor(planes, map_to_jax(stored), shape, dtype, codec, order)
+    return BTCTensor(planes, map_to_jax(stored), shape, dtype, form, order)
 
 
 def map_to_jax(arrays: dict[str, np.ndarray]) -> dict[str, Any]:

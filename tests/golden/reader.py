@@ -60,12 +60,11 @@ def _cosines(size: int) -> np.ndarray:
 
 
 def _uniform(codec: dict[str, Any], blocks: int, data: bytes) -> np.ndarray:
-    low, high, threshold = codec["low_bits"], codec["high_bits"], codec["threshold"]
-    widths = [high] if threshold == 0 else [low] if threshold == "inf" else [low, high]
+    widths = codec["widths"]
     extreme = (codec["header_dtype"], blocks)
     (maximum, minimum, bits), data = _cut(data, extreme, extreme, ("u1", -(-blocks // 8) if len(widths) == 2 else 0))
     wide = np.unpackbits(bits, count=blocks, bitorder="little") if len(widths) == 2 else np.zeros(blocks, int)
-    width = np.where(wide == 1, high, widths[0])
+    width = np.where(wide == 1, widths[-1], widths[0])
     low, high = minimum.astype(np.float64)[:, None], maximum.astype(np.float64)[:, None]
     return low + _codes(widths, width, codec["block_size"], data) * ((high - low) / (2.0**width - 1)[:, None])
 

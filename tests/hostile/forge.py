@@ -12,10 +12,7 @@ import numpy as np
 CODES = {"float32": "F32", "bool": "BOOL", "float64": "F64", "int32": "I32", "uint8": "U8", "bfloat16": "BF16"}
 ITEMSIZES = {"F64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2}
 SEAL = bytes.fromhex("b1504ca2")
-UNIFORM = {
-    **{"id": "uniform", "block_size": 4, "low_bits": 4, "high_bits": 8, "threshold": 0.05},
-    "header_dtype": "float16",
-}
+UNIFORM = {"id": "uniform", "block_size": 4, "widths": [4, 8], "header_dtype": "float16"}
 Change = Callable[[Any], Any]
 
 

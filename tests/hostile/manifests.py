@@ -390,7 +390,7 @@ def infinite_number(folder: Path) -> Path:
 
 def infinite_detail(folder: Path) -> Path:
     fields, data = honest()
-    signed = text(fields).replace('"low_bits":4', '"low_bits":1e999')
+    signed = text(fields).replace('"widths":[4,', '"widths":[1e999,')
     return checkpoint(folder / FILE, fields, data, header_of(fields, signed))
 
 

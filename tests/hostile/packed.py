@@ -26,24 +26,32 @@ def codec_of_blocks_beyond_numbers(folder: Path) -> Path:
     return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(block_size=10**400))
 
 
-def codec_threshold_nan(folder: Path) -> Path:
-    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(threshold="nan"))
+def codec_with_a_threshold(folder: Path) -> Path:
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(threshold=0.05))
 
 
-def codec_threshold_as_text(folder: Path) -> Path:
-    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(threshold="0.05"))
+def codec_widths_as_text(folder: Path) -> Path:
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths="48"))
+
+
+def codec_widths_falling(folder: Path) -> Path:
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths=[8, 4]))
+
+
+def codec_of_many_widths(folder: Path) -> Path:
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths=[4, 8] * 10**5))
 
 
 def codec_without_wide(folder: Path) -> Path:
-    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(threshold=0.0))
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths=[8]))
 
 
 def codec_of_other_bits(folder: Path) -> Path:
-    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(low_bits=3))
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths=[3, 8]))
 
 
 def codec_bits_true(folder: Path) -> Path:
-    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(low_bits=True))
+    return consistent(folder, lambda fields: fields["formats"][0]["codec"].update(widths=[True, 8]))
 
 
 def _packed(folder: Path, data: bytes, shape: Any = (8,), codec: Any = None) -> Path:
@@ -122,7 +130,7 @@ def many_leaves_of_other_codecs(folder: Path) -> Path:
     for i in range(3000):
         size, last = 8 + i, b"\0" if i == 2999 else b""
         data = SEAL + np.full(2, -1, np.float16).tobytes() + bytes((size + 1) // 2) + last
-        formats.append(packed_format(UNIFORM | {"block_size": size, "threshold": "inf"}, "stored"))
+        formats.append(packed_format(UNIFORM | {"block_size": size, "widths": [4]}, "stored"))
         records.append(packed(data, [size], i, f"w{i}"))
         payload[f"w{i}"] = data
     return checkpoint(folder / FILE, manifest(formats, records), payload)

@@ -1,0 +1,80 @@
+"""What leaves cost at slopes: bytes, and errors. The blocks of all leaves lie in one matrix, with a slope for each."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from btc_jax import coding
+from btc_jax._mesh import off_mesh
+from btc_jax.allocate.sample import Sample
+from btc_jax.allocate.survey import Survey, stacked
+from btc_jax.codecs import BlockStatistics, Codec, Leaves
+from btc_jax.coding import Recipe
+from btc_jax.formats import Format
+from btc_jax.tiles import Blocks
+
+
+class Costs(NamedTuple):
+    """Of leaves, arrays over them.
+
+    Attributes:
+        nbytes: bytes of everything stored.
+        error: the squared error over the square of the weights.
+        nbytes_variance, error_variance: how uncertain both are, squared, since only some blocks were looked at.
+    """
+
+    nbytes: np.ndarray
+    error: np.ndarray
+    nbytes_variance: np.ndarray
+    error_variance: np.ndarray
+
+
+class Matrix:
+    """Some blocks of several leaves that one codec codes into one format."""
+
+    def __init__(self, codec: Codec, form: Format, surveys: Sequence[Survey], level: int):
+        samples = [survey.samples[level] for survey in surveys]
+        self._recipe = Recipe(codec, form, "stored")
+        self._whole = stacked([survey.whole for survey in surveys])
+        self._leaves = Leaves(np.cumsum([0, *(len(sample.rows) for sample in samples[:-1])]))
+        self._statistics = BlockStatistics(*map(np.concatenate, zip(*(s.statistics for s in samples), strict=True)))
+        self._share = np.concatenate([sample.share for sample in samples])
+        rows = np.concatenate([sample.rows for sample in samples])
+        self._blocks = Blocks(rows.reshape(-1), np.concatenate([s.spare for s in samples]), form.block_size)
+        self._header = np.array([coding.header_nbytes(form, int(count)) for count in self._whole.count])
+        self._scale = self._spread(np.where(self._whole.rms > 0, self._whole.rms, 1))
+        self._pairs = _neighbours(samples)
+
+    @off_mesh
+    def costs(self, slopes: np.ndarray) -> Costs:
+        """At a slope for each leaf."""
+        setting = coding.tuned(self._recipe, self._whole, self._statistics, self._leaves, slopes)
+        setting = {name: self._spread(numbers) for name, numbers in setting.items()}
+        tiles = list(coding.encoded(self._blocks, self._recipe, setting, self._scale))
+        widths = np.concatenate([tile.widths for tile in tiles])
+        noise = np.concatenate([tile.noise for tile in tiles]).astype(np.float64)
+        nbytes, error = np.array(coding.nbytes_by_width(self._recipe.form), np.float64)[widths], noise
+        weights = np.maximum(self._whole.count, 1)
+        return Costs(
+            self._header + self._leaves.sum(self._share * nbytes),
+            self._leaves.sum(self._share * error) / weights,
+            self._leaves.sum(self._variance(nbytes)),
+            self._leaves.sum(self._variance(error)) / weights**2,
+        )
+
+    def _spread(self, numbers: np.ndarray) -> np.ndarray:
+        return self._leaves.spread(numbers, len(self._share))
+
+    def _variance(self, values: np.ndarray) -> np.ndarray:
+        """Of what each block stands for: blocks of like energy differ by as much as those not looked at from them."""
+        differences = np.zeros_like(values)
+        differences[self._pairs] = np.square(values[self._pairs + 1] - values[self._pairs]) / 2
+        return self._share * (self._share - 1) * differences
+
+
+def _neighbours(samples: Sequence[Sample]) -> np.ndarray:
+    """The blocks that stand for others, as the next one does, of the same leaf."""
+    share = np.concatenate([sample.share for sample in samples])
+    leaf = np.repeat(np.arange(len(samples)), [len(sample.share) for sample in samples])
+    return np.flatnonzero((share[:-1] > 1) & (share[1:] > 1) & (leaf[:-1] == leaf[1:]))

@@ -1,0 +1,134 @@
+"""All leaves that share one target: how each may be packed, and what that costs at a slope."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from btc_jax import coding
+from btc_jax.allocate.costs import Costs, Matrix
+from btc_jax.allocate.survey import LEVELS, Item, Survey, surveys
+from btc_jax.codecs import Codec
+from btc_jax.coding import Recipe
+from btc_jax.formats import Format
+
+_GRAIN = 4096
+"""Slopes in an octave, 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
+_PAYS = 0.98
+"""What the transformed taps must cost at most, over the plain ones: they take some time to decode."""
+_USUAL = 2.0**-8
+"""A slope at which leaves have about 4 bits."""
+
+
+class Leaves:
+    """Leaves in the order of their items, each read once.
+
+    Attributes:
+        size: weights of each leaf.
+        scale, rms: see `Survey`.
+        most: bytes of each if every block were as wide as can be.
+    """
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        total = sum(item.blocks for item in items)
+        self._surveys = _in_better_order(items, [surveys(item, total) for item in items])
+        self.size = np.array([item.size for item in items])
+        self.scale = np.array([survey.scale for survey in self._surveys])
+        self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
+        self.most = np.array([_most(item) for item in items])
+        self._groups = [_Group(codec, places, self._surveys) for codec, places in _alike(items).items()]
+
+    def slopes(self, octaves: np.ndarray) -> np.ndarray:
+        """Slopes over the mean square of each leaf, from powers of two of those over the square of its scale."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            own = np.where(self.scale > 0, 2 * np.log2(self.scale / self.rms), 0)
+        return 2.0 ** (np.round((octaves + own) * _GRAIN) / _GRAIN)
+
+    def recipes(self, octaves: np.ndarray, level: int) -> list[Recipe]:
+        slopes, forms = self.slopes(octaves), self._forms(octaves, level)
+        return [
+            Recipe(item.codec, form, survey.order, float(slope) if item.codec.adaptive else 0.0, float(rms))
+            for item, form, survey, slope, rms in zip(self.items, forms, self._surveys, slopes, self.rms, strict=True)
+        ]
+
+    def costs(self, octaves: np.ndarray, level: int) -> Costs:
+        return self._gathered(lambda group, slopes: group.costs(slopes, level)[1], octaves)
+
+    def _forms(self, octaves: np.ndarray, level: int) -> list[Format]:
+        slopes, forms = self.slopes(octaves), {}
+        for group in self._groups:
+            forms |= zip(group.places, group.costs(slopes[group.places], level)[0], strict=True)
+        return [forms[i] for i in range(len(self.items))]
+
+    def _gathered(self, costs: Callable[..., Costs], octaves: np.ndarray) -> Costs:
+        slopes, found = self.slopes(octaves), Costs(*np.zeros((4, len(self.items))))
+        for group in self._groups:
+            for into, values in zip(found, costs(group, slopes[group.places]), strict=True):
+                into[group.places] = values
+        return found
+
+
+class _Group:
+    """Leaves that one codec codes."""
+
+    def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey]):
+        self.codec, self.places = codec, places
+        self._surveys, self._matrices, self._fixed = [found[i] for i in places], {}, {}
+
+    def costs(self, slopes: np.ndarray, level: int) -> tuple[list[Format], Costs]:
+        """The format of least error plus slope times bits for each leaf, and what that costs."""
+        costs = [self._costs(form, slopes, level) for form in self.codec.formats]
+        size = np.array([survey.whole.count for survey in self._surveys])
+        values = [cost.error * size + slopes * 8 * cost.nbytes for cost in costs]
+        best = np.argmin(values, axis=0)
+        chosen = [np.choose(best, [getattr(cost, name) for cost in costs]) for name in Costs._fields]
+        return [self.codec.formats[i] for i in best], Costs(*chosen)
+
+    def _costs(self, form: Format, slopes: np.ndarray, level: int) -> Costs:
+        if (form, level) not in self._matrices:
+            self._matrices[form, level] = Matrix(self.codec, form, self._surveys, level)
+        by_slope = self.codec.adaptive and len(self.codec.formats) == 1
+        if by_slope:
+            return self._matrices[form, level].costs(slopes)
+        if (form, level) not in self._fixed:
+            own = np.full_like(slopes, self.codec.slope or 0)
+            self._fixed[form, level] = self._matrices[form, level].costs(own)
+        return self._fixed[form, level]
+
+
+def _alike(items: Sequence[Item]) -> dict[Codec, list[int]]:
+    """Places of the items of each codec."""
+    places: dict[Codec, list[int]] = {}
+    for i, item in enumerate(items):
+        places.setdefault(item.codec, []).append(i)
+    return places
+
+
+def _in_better_order(items: Sequence[Item], found: Sequence[list[Survey]]) -> list[Survey]:
+    """Of each leaf the survey in the order of less cost where it has about 4 bits."""
+    chosen = [plain for plain, *_ in found]
+    free = [i for i, both in enumerate(found) if len(both) > 1]
+    for codec, places in _alike([items[i] for i in free]).items():
+        both = [[found[free[i]][k] for i in places] for k in (0, 1)]
+        form = next((f for f in codec.formats if f.widths == (4,)), codec.formats[0])
+        plain, taps = (_lagrangian(codec, form, surveyed) for surveyed in both)
+        for i, value, other in zip(places, plain, taps, strict=True):
+            if other < _PAYS * value:
+                chosen[free[i]] = found[free[i]][1]
+    return chosen
+
+
+def _lagrangian(codec: Codec, form: Format, found: Sequence[Survey]) -> Any:
+    size = np.array([survey.whole.count for survey in found])
+    cost = Matrix(codec, form, found, 0).costs(np.full(len(found), _USUAL))
+    return cost.error * size + _USUAL * 8 * cost.nbytes
+
+
+def _most(item: Item) -> int:
+    form = item.codec.formats[-1]
+    return coding.packed_nbytes(form, item.size, (*(0,) * (len(form.widths) - 1), item.blocks))
+
+
+FINE = len(LEVELS) - 1
+"""The level of most blocks."""

@@ -1,0 +1,111 @@
+"""One reading of a leaf: its statistics, and blocks that speak for it while a slope is searched for."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btc_jax import coding
+from btc_jax._errors import LeafError
+from btc_jax._mesh import off_mesh
+from btc_jax._typing import Order
+from btc_jax.allocate.sample import Sample, energies, sample_of
+from btc_jax.blocks import with_taps
+from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves
+from btc_jax.codecs.statistics import whole
+from btc_jax.tiles import blocks_in
+
+LEVELS = (2**14, 2**17)
+"""Blocks of all leaves together that are looked at: first to find about the slope, then to make sure."""
+_LEAST = (64, 256)
+"""Blocks of each leaf, at least."""
+_OUTLYING = 64
+"""Times the median block that a block counts at most in the scale of its leaf, so that an outlier does not set it."""
+
+
+class Item(NamedTuple):
+    """A leaf that is to be packed.
+
+    Attributes:
+        path: what errors call it.
+        read: gives its values; called once, so that they need not stay in memory.
+        shape: its shape.
+        codec: how its blocks are coded.
+        order: how its weights run through the blocks.
+        free: whether the order may be the one that transforms the taps, if that pays.
+        weight: how much its squared error counts beside that of others.
+    """
+
+    path: str
+    read: Callable[[], Any]
+    shape: tuple[int, ...]
+    codec: Codec
+    order: Order
+    free: bool = False
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.size // self.codec.block_size)
+
+
+class Survey(NamedTuple):
+    """What is known of a leaf whose weights run in an order.
+
+    Attributes:
+        order: the order.
+        whole: statistics of all weights.
+        scale: root mean square of the weights, without what single loud blocks have beyond the others.
+        samples: some blocks, for each of `LEVELS`.
+    """
+
+    order: Order
+    whole: LeafStatistics
+    scale: float
+    samples: tuple[Sample, ...]
+
+
+@off_mesh
+def surveys(item: Item, total: int) -> list[Survey]:
+    """In the order of the item, and in the one that transforms its taps, if that is free.
+
+    Args:
+        total: blocks of all leaves together.
+
+    Raises:
+        ValueError: a weight is NaN, infinite, or too large to calculate with.
+    """
+    taps = with_taps(item.shape, item.order) if item.free and item.codec.adaptive else None
+    leaf = item.read()
+    return [_survey(item, leaf, order, total) for order in (item.order, *([taps] if taps else []))]
+
+
+def _survey(item: Item, leaf: Any, order: Order, total: int) -> Survey:
+    blocks = blocks_in(leaf, item.codec.block_size, order)
+    statistics = coding.statistics_in(blocks)
+    found = whole(statistics, Leaves())
+    if math.isnan(found.mean) or max(found.high, -found.low) > 1e36:
+        raise LeafError(item.path, coding.what_does_not_fit(leaf))
+    counts = [
+        max(least, math.ceil(level * blocks.count / max(total, 1))) for level, least in zip(LEVELS, _LEAST, strict=True)
+    ]
+    samples = tuple(sample_of(blocks, statistics, count) for count in counts)
+    return Survey(order, found, _scale(statistics, float(found.rms)), samples)
+
+
+def _scale(statistics: BlockStatistics, rms: float) -> float:
+    if not rms:
+        return 0.0
+    squares = energies(statistics) / statistics.count / rms**2
+    squares = np.minimum(squares, _OUTLYING * np.median(squares)) if np.median(squares) else squares
+    return min(rms * math.sqrt(np.mean(squares)), rms)
+
+
+def stacked(found: Sequence[LeafStatistics]) -> LeafStatistics:
+    """The statistics of several leaves, as arrays over them."""
+    return LeafStatistics(*(np.array(values, np.float64) for values in zip(*found, strict=True)))

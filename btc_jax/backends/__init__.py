@@ -1,0 +1,29 @@
+"""Implementations of encoding and decoding by format and platform. XLA's, on tiles, is the reference, and everywhere."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from btc_jax.backends import xla
+from btc_jax.formats import Format
+
+
+class Backend(NamedTuple):
+    """Functions of tiles, with the arguments and results of `btc_jax.backends.xla`."""
+
+    encode: Callable[..., xla.Encoded]
+    decode: Callable[..., Any]
+
+
+REFERENCE = Backend(xla.encode, xla.decode)
+
+_BACKENDS: dict[tuple[type[Format], str], Backend] = {}
+
+
+def register_backend(form: type[Format], platform: str, backend: Backend) -> None:
+    """Makes leaves of a format, on a platform such as `"cpu"`, be coded by something else than the reference."""
+    _BACKENDS[form, platform] = backend
+
+
+def backend_for(form: Format, platform: str) -> Backend:
+    """What codes tiles of a format on a platform."""
+    return _BACKENDS.get((type(form), platform), REFERENCE)

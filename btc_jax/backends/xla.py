@@ -1,0 +1,140 @@
+"""Encoding, measuring and decoding a tile of blocks in XLA: one program each, whatever the leaf.
+
+A tile is a matrix of a fixed number of blocks, so a program is compiled once for all leaves of all models. A leaf fills
+its last tile up, and the first `count` rows are those that matter. On CPU a tile is worked on a cacheful at a time, only
+as far as `count`: from memory each reduction of XLA:CPU would read the weights again, which costs twice the arithmetic.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from btc_jax._typing import Array, Float, Int, UInt
+from btc_jax.codecs import Codec, Setting
+from btc_jax.codecs.statistics import statistics_of, total
+from btc_jax.formats import Format
+from btc_jax.planes import pack_planes, plane_specs, unpack_planes
+
+_CHUNK = 2**13
+"""Weights worked on at once on CPU: 32 KiB, with all that is made of them in the cache."""
+_CHUNKS = 16
+"""Chunks of a tile on CPU."""
+_WEIGHTS = 2**21
+"""Weights of a tile on an accelerator, which works on all of them at once."""
+
+
+class Encoded(NamedTuple):
+    """A tile as it is stored, and what that cost: arrays over its blocks.
+
+    Attributes:
+        rows: of every block in every plane of the format; those of blocks too narrow for a plane hold nothing of use.
+        widths: bits per weight.
+        header: what a block stores besides its codes and its width, by name.
+        noise: the squared error of the weights, over the square of the scale.
+        largest: the largest absolute error.
+    """
+
+    rows: tuple[Array, ...]
+    widths: Array
+    header: dict[str, Array]
+    noise: Array
+    largest: Array
+
+
+def tile_rows(block_size: int, platform: str) -> int:
+    """Blocks of a tile."""
+    return _CHUNKS * max(1, _CHUNK // block_size) if platform == "cpu" else max(1, _WEIGHTS // block_size)
+
+
+@jax.jit
+def statistics(blocks: Float[Array, "rows size"], spare: Float[Array, " rows"], count: Int[Array, ""]) -> Any:
+    """The statistics of each block."""
+    return in_chunks(statistics_of, blocks.shape[1], count, blocks, spare)
+
+
+@functools.partial(jax.jit, static_argnames=("encoder", "form", "dtype"))
+def encode(
+    blocks: Float[Array, "rows size"],
+    spare: Float[Array, " rows"],
+    scale: Float[Array, " rows"],
+    setting: Setting,
+    count: Int[Array, ""],
+    encoder: Codec,
+    form: Format,
+    dtype: Any,
+) -> Encoded:
+    """Codes a tile.
+
+    Args:
+        spare, setting: see `Codec.encode`.
+        scale: the unit of the errors of each block.
+        dtype: what the decoded weights are rounded to.
+    """
+    coded = functools.partial(_coded, encoder, form, dtype)
+    return in_chunks(coded, blocks.shape[1], count, blocks, spare, scale, setting)
+
+
+def _coded(encoder: Codec, form: Format, dtype: Any, blocks: Any, spare: Any, scale: Any, setting: Setting) -> Encoded:
+    widths, codes, header = encoder.encode(form, blocks, spare, setting)
+    # The barrier keeps XLA from computing the codes once for the planes and once for the errors.
+    codes, widths, header = lax.optimization_barrier((codes.astype(jnp.uint8), widths, header))
+    is_weight = lax.broadcasted_iota(jnp.float32, codes.shape, 1) < form.block_size - spare[:, None]
+    rows = pack_planes(jnp.where(is_weight, codes, jnp.uint8(0)), widths, plane_specs(form.widths))
+    stored = {name: setting[name] for name in setting} | header
+    decoded = narrowed(form.decode(codes, form.grid(widths, stored)), dtype).astype(jnp.float32)
+    errors = decoded - blocks
+    noise = total(jnp.square(errors / scale[:, None]), spare)
+    return Encoded(rows, widths, header, noise, jnp.abs(errors).max(1))
+
+
+@functools.partial(jax.jit, static_argnames=("form", "dtype"))
+def decode(
+    rows: Sequence[UInt[Array, "rows _"]],
+    widths: UInt[Array, " rows"],
+    header: Mapping[str, Array],
+    count: Int[Array, ""],
+    form: Format,
+    dtype: Any,
+) -> Float[Array, "rows size"]:
+    """The weights of a tile, from a row of every block in every plane."""
+    return in_chunks(
+        functools.partial(_decoded, form, dtype), form.block_size, count, tuple(rows), widths, dict(header)
+    )
+
+
+def _decoded(form: Format, dtype: Any, rows: Any, widths: Any, header: Any) -> Array:
+    grid = lax.optimization_barrier(form.grid(widths, header))
+    codes = unpack_planes(rows, plane_specs(form.widths), widths, form.block_size)
+    return narrowed(form.decode(codes, grid), dtype).reshape(len(widths), -1)[:, : form.block_size]
+
+
+def narrowed(weights: Any, dtype: Any) -> Any:
+    """In the dtype of the leaf. Its largest weights may decode to more than the dtype holds: infinity, or NaN."""
+    limits = jnp.finfo(dtype)
+    if float(limits.max) < float(jnp.finfo(jnp.bfloat16).max):
+        weights = jnp.clip(weights, float(limits.min), float(limits.max))
+    return weights.astype(dtype)
+
+
+def in_chunks(function: Callable[..., Any], block_size: int, count: Any, *arrays: Any) -> Any:
+    """`function(*arrays)`, which maps rows to rows, some rows at a time on CPU, and only the first `count`."""
+    rows, size = jax.tree.leaves(arrays)[0].shape[0], max(1, _CHUNK // block_size)
+    if rows <= size:
+        return function(*arrays)
+
+    def chunked(count: Array, *arrays: Any) -> Any:
+        def step(i: Array, out: Any) -> Any:
+            # The last chunk is moved back to end with the rows; what it repeats comes out the same.
+            start = jnp.minimum(i * size, rows - size)
+            part = function(*jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), arrays))
+            return jax.tree.map(lambda o, p: lax.dynamic_update_slice_in_dim(o, p, start, 0), out, part)
+
+        out = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *arrays))
+        return lax.fori_loop(0, (count + size - 1) // size, step, out)
+
+    default = lambda _, *arrays: function(*arrays)  # noqa: E731
+    return lax.platform_dependent(jnp.asarray(count, jnp.int32), *arrays, cpu=chunked, default=default)

@@ -1,0 +1,61 @@
+"""One array -> a packed leaf."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from btc_jax._mesh import like_leaf, refuse_staging
+from btc_jax._typing import Order
+from btc_jax.allocate import Item, allocate, usual_target
+from btc_jax.blocks import check_order
+from btc_jax.codecs import Codec
+from btc_jax.coding import Error, Recipe, pack
+from btc_jax.seal import SEAL
+from btc_jax.tensor import BTCTensor, is_packed
+
+
+def quantize_leaf(
+    leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf", slope: float | None = None
+) -> BTCTensor:
+    """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
+
+    Args:
+        leaf: weights of any shape and floating dtype.
+        codec: how the blocks are coded.
+        order: how the weights run through the blocks.
+        path: what error messages call the leaf.
+        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the weights; without
+            it, the one that comes to 4.5 effective bits. A tree is better shared out as a whole, by `btc_quantize`.
+
+    Raises:
+        ValueError: weights are NaN, infinite, or too large for the header; or the order is unknown.
+        TypeError: the array is traced, or not floating.
+    """
+    if is_packed(leaf):
+        return leaf
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"{path} is traced; the widths of its blocks are read on the host. Use btc_reconstruct inside jit"
+        )
+    refuse_staging(path)
+    check_order(order, np.shape(leaf), path)
+    dtype = np.dtype(getattr(leaf, "dtype", float))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{path} is {dtype}; only floating arrays can be quantized")
+    if slope is not None and not 0 <= slope < 1e30:
+        raise ValueError(f"{path}: slope is {slope!r}; it must be a number from 0 to 1e30")
+    recipe = Recipe(codec, codec.formats[0], order, codec.slope or slope or 0.0)
+    if np.size(leaf) and (len(codec.formats) > 1 or (codec.adaptive and slope is None)):
+        item = Item(path, lambda: leaf, np.shape(leaf), codec, order)
+        (recipe,) = allocate([item], usual_target([codec]), balance=0)
+    return packed_leaf(leaf, recipe, path)[0]
+
+
+def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error | None]:
+    """A packed array, and the error of its weights, where it is known: see `Packed`."""
+    planes, header, error = pack(leaf, recipe, path)
+    planes, header, seal = like_leaf((planes, header, SEAL), leaf)
+    dtype = np.dtype(leaf.dtype)
+    return BTCTensor(planes, header, np.shape(leaf), dtype, recipe.form, recipe.order, seal), error

@@ -1,0 +1,139 @@
+"""The blocks of a leaf, tile by tile: where they lie, and programs run over them.
+
+On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On an accelerator it stays there.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btc_jax._mesh import gathered
+from btc_jax._typing import Array, Order
+from btc_jax.backends.xla import tile_rows
+from btc_jax.blocks import axes, flattened, spare_of, tap_sizes, transformed
+
+T = TypeVar("T")
+
+_AHEAD = 4
+"""Tiles that are given to the device before the result of the first is waited for."""
+
+
+class Blocks(NamedTuple):
+    """Blocks of a leaf, or of several.
+
+    Attributes:
+        flat: the numbers that run through them: on the host in any floating dtype, on an accelerator in float32. The
+            last block may be short.
+        spare: how many places of each block are filled up with its last weight, `f32[blocks]`.
+        block_size: weights per block.
+        device: where programs run; `None` for JAX's default.
+    """
+
+    flat: Any
+    spare: np.ndarray
+    block_size: int
+    device: Any = None
+
+    @property
+    def count(self) -> int:
+        return len(self.spare)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.count * self.block_size - int(self.spare.sum())
+
+    @property
+    def platform(self) -> str:
+        return self.device.platform if self.device else jax.default_backend()
+
+    def rows(self, chosen: np.ndarray) -> np.ndarray:
+        """Some of the blocks in float32 on the host, as a matrix."""
+        places = chosen[:, None] * self.block_size + np.arange(self.block_size)
+        return np.asarray(self.flat[np.minimum(places, self.flat.size - 1)], np.float32)
+
+
+def blocks_in(leaf: Any, block_size: int, order: Order) -> Blocks:
+    """The blocks of a leaf with values."""
+    device = None
+    if isinstance(leaf, jax.Array):
+        leaf = gathered(leaf)
+        (device,) = leaf.devices()
+    if device and device.platform != "cpu":
+        flat = _flattened(leaf, order)
+    else:  # any CPU will do, and programs are compiled for one
+        flat, device = flattened(np.asarray(leaf), order), device and jax.local_devices(backend="cpu")[0]
+    return Blocks(flat, spare_of(flat.size, block_size), block_size, device)
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _flattened(leaf: Array, order: Order) -> Array:
+    placed = leaf.transpose(axes(leaf.ndim, order)).astype(jnp.float32)
+    return transformed(placed, tap_sizes(leaf.shape, order)).reshape(-1)
+
+
+def results(program: Callable[..., T], blocks: Blocks, *numbers: Any) -> Iterator[T]:
+    """What a program makes of each tile: arrays over its blocks, on the host. At least one tile, if it may be empty.
+
+    Args:
+        program: called with the tile, `f32[rows, block_size]`, its spare places, `f32[rows]`, the numbers of its rows,
+            and the count of rows that matter.
+        numbers: trees of numbers for all blocks, or of arrays with one for each.
+    """
+    rows = tile_rows(blocks.block_size, blocks.platform)
+    starts = range(0, max(blocks.count, 1), rows)
+
+    def result(start: int) -> T:
+        tile, numbers_of_rows = _tile(blocks, start, rows), functools.partial(_for_rows, start=start, rows=rows)
+        count = np.int32(min(rows, blocks.count - start))
+        with jax.default_device(blocks.device):
+            return program(tile, *jax.tree.map(numbers_of_rows, (blocks.spare, *numbers)), count)
+
+    for start, tile in zip(starts, ahead(result(start) for start in starts), strict=True):
+        yield _on_host(tile, min(rows, blocks.count - start))
+
+
+def ahead(results: Iterator[T]) -> Iterator[T]:
+    """The same results, of which the next few are asked for before one is passed on: the device computes meanwhile."""
+    waiting: deque[T] = deque()
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _on_host(tile: T, kept: int) -> T:
+    return jax.tree.map(lambda array: np.asarray(array)[:kept], tile)
+
+
+def _for_rows(numbers: Any, start: int, rows: int) -> np.ndarray:
+    numbers = np.asarray(numbers, np.float32)
+    return np.full(rows, numbers) if numbers.ndim == 0 else filled_up(numbers[start : start + rows], rows)
+
+
+def _tile(blocks: Blocks, start: int, rows: int) -> Any:
+    """Blocks in float32; a short last one, and rows that are none, are filled up with the last weight."""
+    part = blocks.flat[start * blocks.block_size : (start + rows) * blocks.block_size]
+    if isinstance(part, jax.Array):
+        return jnp.pad(part, (0, rows * blocks.block_size - part.size), mode="edge").reshape(rows, -1)
+    if part.size == rows * blocks.block_size:
+        return part.reshape(rows, -1).astype(np.float32, copy=False)
+    tile = np.empty(rows * blocks.block_size, np.float32)
+    tile[: part.size] = part
+    tile[part.size :] = tile[part.size - 1] if part.size else 0
+    return tile.reshape(rows, -1)
+
+
+def filled_up(array: np.ndarray, rows: int) -> np.ndarray:
+    """With zeros, up to so many rows."""
+    if len(array) == rows:
+        return array
+    full = np.zeros((rows, *array.shape[1:]), array.dtype)
+    full[: len(array)] = array
+    return full
