@@ -124,6 +124,7 @@ def tuned(recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves:
         return {name: np.asarray(value, np.float32) for name, value in setting.items()}
 
 
+@off_mesh
 def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
     """How many blocks have each of the widths of the format."""
     blocks = blocks_in(leaf, recipe.form.block_size, recipe.order)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from btc_jax._mesh import constants, off_mesh, staging
+from btc_jax._mesh import constants, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, Order
 from btc_jax._xla import apart
 from btc_jax.backends import backend_for
@@ -40,7 +40,7 @@ def unpack(
     """
     planes, header, seal = constants((planes, dict(header), seal))
     if all(map(on_cpu, (*planes, *header.values(), seal))) and not staging():
-        return jax.device_put(_on_host(planes, header, seal, form, shape, dtype, order))
+        return like_leaf(_on_host(planes, header, seal, form, shape, dtype, order), seal)
     permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
     placed = tuple(shape[axis] for axis in permutation)
     decoded = _unpack(planes, header, seal, form, placed, jnp.float32 if taps else dtype)

@@ -21,6 +21,7 @@ from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Item, Target, allocate, target_of, usual_target
+from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.packing import packed_leaf
@@ -202,6 +203,9 @@ def choose(
     Args:
         leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
     """
+    for leaf, how in zip(leaves, decisions, strict=True):
+        if how.codec is not None:
+            check_order(how.order, leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
     taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
     adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]

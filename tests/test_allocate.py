@@ -421,7 +421,9 @@ def test_the_scale_of_a_network_changes_neither_widths_nor_codes(balance):
     policy = Policy(Multilevel(), names=("*",), min_size=0, order="stored", balance=balance)
     plain = btc_quantize(weights, policy=policy, bits=4.5)
     for factor in (0.01, 100):
-        scaled = btc_quantize({path: leaf * np.float32(factor) for path, leaf in weights.items()}, policy=policy, bits=4.5)
+        scaled = btc_quantize(
+            {path: leaf * np.float32(factor) for path, leaf in weights.items()}, policy=policy, bits=4.5
+        )
         differences = 0
         for path, leaf in plain.items():
             assert np.array_equal(leaf.header["header"], scaled[path].header["header"])

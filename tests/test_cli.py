@@ -234,7 +234,7 @@ class TestTargets:
         options = ("--codec", "uniform", "--threshold", "auto", "--bits", 6.5, "--block-size", 32)
         done, packed = self.made(source, tmp_path / "x.btc", *options)
         assert 6 < done["effective_bits"] <= 6.5
-        assert {leaf["codec"]["threshold"] for leaf in packed} == {"auto"}
+        assert {leaf["codec"]["id"] for leaf in packed} == {"uniform"}
 
     def test_rules_and_balance_share_the_bits_out(self, source, tmp_path):
         def bits_of_head(*options):

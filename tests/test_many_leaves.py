@@ -148,7 +148,7 @@ def test_few_files_are_open_at_a_time(tmp_path, kernel, monkeypatch):
 
 def test_too_many_leaves_are_refused_before_any_is_quantized(tmp_path, monkeypatch):
     save_file({f"{i}.weight": np.ones((64, 64), np.float32) for i in range(9)}, tmp_path / "m.safetensors")
-    monkeypatch.setattr("btc_jax.stream.compress.quantize_leaf", None)
+    monkeypatch.setattr("btc_jax.stream.compress.packed_leaf", None)
     monkeypatch.setattr("btc_jax.checkpoint.write.MAX_SHARDS", 8)
     with pytest.raises(ValueError, match=r"9 leaves would be split into 9 files.*raise max_shard_bytes"):
         compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", max_shard_bytes=1)

@@ -137,7 +137,12 @@ def test_packed_leaves_keep_their_bytes_codec_and_order():
     packed = btc_quantize({"w": weights((40, 48))}, policy=policy)
     (row,) = btc_plan(packed).rows
     assert row.bytes_before == row.bytes_min == row.bytes_max == stored_bytes(packed)
-    assert (row.codec, row.order, row.reason, row.dtype) == (UniformFormat(32), "stored", "already quantized", "float32")
+    assert (row.codec, row.order, row.reason, row.dtype) == (
+        UniformFormat(32),
+        "stored",
+        "already quantized",
+        "float32",
+    )
 
 
 def test_leaf_without_weights_takes_no_bytes():

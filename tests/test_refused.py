@@ -13,7 +13,6 @@ import btc_jax
 from btc_jax import (
     BTCTensor,
     BTCUnknownFormatError,
-    Multilevel,
     Uniform,
     UniformFormat,
     load,
@@ -79,11 +78,6 @@ def with_other_widths():
     return broken
 
 
-def with_a_codec_before_packing():
-    one = leaf(Multilevel(width=4))
-    return BTCTensor(one.planes, one.header, one.shape, one.dtype, Multilevel(width=4, effort="exhaustive"), one.order)
-
-
 def with_another_order():
     one = leaf()
     object.__setattr__(one, "order", "sideways")
@@ -119,7 +113,6 @@ REFUSED = {
     "seal": (TypeError, with_broken_seal, "seal"),
     "widths": (TypeError, with_other_widths, "rows"),
     "codec": (ValueError, lambda: leaf(Unregistered()), "'tests-unregistered'.*register_format"),
-    "codec before packing": (ValueError, with_a_codec_before_packing, "before packing"),
     "order": (ValueError, with_another_order, "sideways"),
     "shapes": (TypeError, shapes_only, "ShapeDtypeStruct"),
     "masks": (TypeError, lambda: jax.tree.map(lambda _: True, leaf()), "True"),

@@ -412,7 +412,8 @@ def test_a_target_is_shared_out_as_in_memory(source, tmp_path, target):
     same_leaves(btc_jax.load(tmp_path / "q.safetensors"), expected)
     total = btc_jax.btc_metrics(torch_params(), expected, policy=policy).total
     assert done.effective_bits == total.effective_bits
-    assert [done.rmse, done.sqnr_db] == pytest.approx([total.rmse, total.sqnr_db], rel=1e-9)
+    # The encoder sums the errors of a block in float32.
+    assert [done.rmse, done.sqnr_db] == pytest.approx([total.rmse, total.sqnr_db], rel=1e-7)
 
 
 def smooth_kernel():
@@ -508,8 +509,7 @@ def test_one_leaf_is_in_memory_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(SafetensorsSource, "read", watched)
     compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
     assert most <= 1, "a leaf was kept while the next was read"
-    assert len(reads) > 10
-    assert {reads.count(f"{i}.weight") for i in range(5)} == {len(reads) // 5}
+    assert {reads.count(f"{i}.weight") for i in range(5)} == {2}  # for the statistics, and for the codes
 
 
 def large_arrays(shape):

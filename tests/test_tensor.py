@@ -38,7 +38,12 @@ def test_looks_like_its_leaf(shape, dtype):
 def test_reconstruct_equals_pack_and_unpack(codec, order):
     leaf = packed((6, 50), codec, order).dequantize() * 0.9
     tensor = quantize_leaf(leaf, codec, order)
-    np.testing.assert_allclose(coding.reconstruct(leaf, coding.Recipe(codec, codec.formats[0], order)), tensor.dequantize(), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        coding.reconstruct(leaf, coding.Recipe(codec, codec.formats[0], order)),
+        tensor.dequantize(),
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
 def test_packing_what_was_unpacked_changes_nothing_more():

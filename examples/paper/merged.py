@@ -107,12 +107,13 @@ def _layer(path: str, leaf: Any, storage: Storage | None, error: Error) -> LeafR
 
 def _storage(widths: np.ndarray, size: int, codec: Uniform) -> Storage:
     """What the layer stores: headers and planes as the library lays them out for a leaf of that size."""
-    wide, spare = int((widths >= codec.wide_bits).sum()), len(widths) * codec.block_size - size
-    payload = int(widths.astype(int).sum()) * codec.block_size - spare * int(widths[-1])
+    (form,) = codec.formats
+    wide, spare = int((widths >= form.wide_bits).sum()), len(widths) * form.block_size - size
+    payload = int(widths.astype(int).sum()) * form.block_size - spare * int(widths[-1])
     header = 8 * sum(
-        math.prod(array.shape) * array.dtype.itemsize for array in codec.stored_header(len(widths)).values()
+        math.prod(array.shape) * array.dtype.itemsize for array in form.stored_header(len(widths)).values()
     )
-    return Storage(size, len(widths), wide, payload, header, packed_nbytes(codec, size, (len(widths) - wide, wide)))
+    return Storage(size, len(widths), wide, payload, header, packed_nbytes(form, size, (len(widths) - wide, wide)))
 
 
 def _error(before: np.ndarray, after: np.ndarray) -> Error:
