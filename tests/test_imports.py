@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import export
 
 import btc_jax
@@ -115,6 +116,16 @@ import btc_jax
 from pathlib import Path
 from jax import export
 export.deserialize(bytearray(Path({str(tmp_path / "function")!r}).read_bytes()))
+""")
+
+
+def test_a_file_that_holds_something_of_nnx_imports_it(tmp_path):
+    btc_jax.save(tmp_path / "file", nnx.State({"kernel": nnx.Param(jnp.ones(3))}))
+    imported_by(f"""
+import btc_jax, sys
+tree = btc_jax.load({str(tmp_path / "file")!r})
+nnx = sys.modules["flax.nnx"]
+assert (type(tree), type(tree["kernel"])) == (nnx.State, nnx.Param)
 """)
 
 
