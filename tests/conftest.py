@@ -9,6 +9,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# pytest's option of jaxtyping splits off one package only from a checker with arguments.
+install_import_hook("btc_jax_cli", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 # 8 CPU devices, and no silent mixing of dtypes or ranks: what passes here is explicit everywhere.
 jax.config.update("jax_num_cpu_devices", 8)

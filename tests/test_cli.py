@@ -19,15 +19,17 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import btc_jax
-from btc_jax import _console, _options, cli
+from btc_jax import _progress
 from btc_jax.compare import compare, open_side
+from btc_jax_cli import commands, console
+from btc_jax_cli.options import BALANCE, MIN_SIZE, shard_bytes
 
 RNG = np.random.default_rng(0)
 
 
 def btc(*args):
     """Exit code, stdout and stderr. An exception that is no exit fails the test."""
-    result = CliRunner().invoke(cli.app, [str(arg) for arg in args], catch_exceptions=False)
+    result = CliRunner().invoke(commands.app, [str(arg) for arg in args], catch_exceptions=False)
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -171,12 +173,12 @@ class TestQuantize:
         ("text", "size"), [("12", 12), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), ("7b", 7)]
     )
     def test_sizes(self, text, size):
-        assert _options.shard_bytes(text) == size
+        assert shard_bytes(text) == size
 
     @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
     def test_what_is_no_size(self, text):
         with pytest.raises(ValueError, match=r"max_shard_bytes is .*500MB"):
-            _options.shard_bytes(text)
+            shard_bytes(text)
 
     def test_what_is_no_size_at_a_prompt(self, source, tmp_path):
         line = refused("quantize", source, tmp_path / "x.safetensors", "--max-shard-bytes", "12QB")
@@ -548,23 +550,23 @@ class TestOneLine:
         ],
     )
     def test_errors_of_the_library(self, error, line, small, monkeypatch):
-        monkeypatch.setattr(cli, "open_checkpoint", fails_with(error))
+        monkeypatch.setattr(btc_jax, "open_checkpoint", fails_with(error))
         assert refused("inspect", small) == line
 
     def test_a_bug_is_not_hidden(self, small, monkeypatch):
-        monkeypatch.setattr(cli, "open_checkpoint", fails_with(AssertionError("a bug")))
+        monkeypatch.setattr(btc_jax, "open_checkpoint", fails_with(AssertionError("a bug")))
         with pytest.raises(AssertionError):
             btc("inspect", small)
 
     def test_interrupts(self, source, small, tmp_path, monkeypatch):
-        monkeypatch.setattr(cli, "compress_file", fails_with(KeyboardInterrupt()))
-        monkeypatch.setattr(cli, "open_checkpoint", fails_with(KeyboardInterrupt()))
+        monkeypatch.setattr(btc_jax, "compress_file", fails_with(KeyboardInterrupt()))
+        monkeypatch.setattr(btc_jax, "open_checkpoint", fails_with(KeyboardInterrupt()))
         assert "resumes where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
         assert "starts it again" in refused("inspect", small, code=130)
 
     def test_a_reader_that_leaves(self, small, monkeypatch):
-        monkeypatch.setattr(_console.os, "dup2", lambda *_: None)
-        monkeypatch.setattr(cli, "show", fails_with(BrokenPipeError()))
+        monkeypatch.setattr(console.os, "dup2", lambda *_: None)
+        monkeypatch.setattr(commands, "show", fails_with(BrokenPipeError()))
         assert btc("inspect", small) == (141, "", "")
 
 
@@ -584,6 +586,10 @@ class TestHelp:
         assert f"  btc {command or 'plan'} " in out
         assert max(map(len, out.splitlines())) <= 80
 
+    def test_defaults_are_those_of_the_library(self):
+        policy = btc_jax.Policy()
+        assert (policy.min_size, policy.balance) == (MIN_SIZE, BALANCE)
+
     def test_without_arguments(self):
         assert btc()[1] == btc("--help")[1]
 
@@ -593,8 +599,8 @@ class TestHelp:
 
 def test_progress_is_for_terminals(monkeypatch, capsys):
     for terminal in (False, True):
-        monkeypatch.setattr(_console, "Console", lambda **_: Console(stderr=True, force_terminal=terminal, width=80))  # noqa: B023
-        with _console.progress("quantizing", 2_000_000) as on_leaf:
+        monkeypatch.setattr(_progress, "Console", lambda **_: Console(stderr=True, force_terminal=terminal, width=80))  # noqa: B023
+        with _progress.progress("quantizing", 2_000_000) as on_leaf:
             on_leaf("a", 1_000_000)
         out, err = capsys.readouterr()
         assert out == ""
@@ -602,7 +608,7 @@ def test_progress_is_for_terminals(monkeypatch, capsys):
 
 
 def start(*args):
-    command = [sys.executable, "-m", "btc_jax.cli", *map(str, args)]
+    command = [sys.executable, "-m", "btc_jax_cli", *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

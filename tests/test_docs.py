@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import btc_jax
-from btc_jax import cli
+from btc_jax_cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,14 +104,14 @@ def test_btc_lines_run(page, presupposed, tmp_path, monkeypatch):
     for line in commands(page):
         program, *arguments = shlex.split(line, comments=True)
         if program == "btc":
-            result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
             assert (result.exit_code, result.stderr) == (1 if arguments[0] == "diff" else 0, ""), line
             assert result.stdout, line
 
 
 def test_the_readme_shows_every_command():
     shown = {shlex.split(line)[1] for line in commands(ROOT / "README.md") if line.startswith("btc ")}
-    listed = CliRunner().invoke(cli.app, ["--help"]).stdout.partition("Commands:")[2]
+    listed = CliRunner().invoke(app, ["--help"]).stdout.partition("Commands:")[2]
     assert shown == set(re.findall(r"^  (\w+) {2,}", listed, re.MULTILINE))
 
 

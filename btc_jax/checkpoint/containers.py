@@ -2,20 +2,20 @@
 
 A file names a class only where it is one of Flax itself. Metadata are plain values; a tuple is a JSON array, and what
 JSON does not have is an object with one key: `list`, `dict` or `spec` (a `PartitionSpec`).
+
+NNX takes longer to import than all of this package, so only a file that holds something of it imports it.
 """
 
+import functools
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-from flax import nnx
 from jax.sharding import PartitionSpec
 
-_VARIABLES: dict[str, type[nnx.Variable]] = {
-    kind.__name__: kind for kind in vars(nnx).values() if isinstance(kind, type) and issubclass(kind, nnx.Variable)
-}
-"""The variables of NNX itself. One of a class of the user's comes back as the nearest of these: a file must not import
-its class."""
+if TYPE_CHECKING:
+    import flax.nnx
 
 _BOXES = {kind.__name__: kind for kind in (nn.Partitioned, nn.LogicallyPartitioned)}
 
@@ -25,12 +25,29 @@ _USUAL = {"hijax": False, "ref": False, "eager_sharding": True}
 _OF_THE_PROCESS = ("hijax", "ref")
 
 
-def variable_class(variable: nnx.Variable) -> type[nnx.Variable]:
+def nnx_class(name: str) -> Any:
+    """A class of NNX for `isinstance`; `()`, of which nothing is an instance, where nobody has imported NNX."""
+    return getattr(sys.modules.get("flax.nnx"), name, ())
+
+
+@functools.cache
+def _variables() -> dict[str, type["flax.nnx.Variable"]]:
+    """The variables of NNX itself, by name.
+
+    One of a class of the user's comes back as the nearest of these: a file must not import its class.
+    """
+    from flax import nnx
+
+    kinds = [kind for kind in vars(nnx).values() if isinstance(kind, type) and issubclass(kind, nnx.Variable)]
+    return {kind.__name__: kind for kind in kinds}
+
+
+def variable_class(variable: "flax.nnx.Variable") -> type["flax.nnx.Variable"]:
     """The class of NNX itself that is nearest to that of a variable."""
-    return next(kind for kind in type(variable).__mro__ if _VARIABLES.get(kind.__name__) is kind)
+    return next(kind for kind in type(variable).__mro__ if _variables().get(kind.__name__) is kind)
 
 
-def variable_metadata(variable: nnx.Variable) -> tuple[dict[str, Any], list[str]]:
+def variable_metadata(variable: "flax.nnx.Variable") -> tuple[dict[str, Any], list[str]]:
     """The metadata that a file keeps, as JSON, and the names of those that it cannot keep."""
     kept, lost = {}, []
     for name, value in sorted(variable.get_metadata().items()):
@@ -43,15 +60,15 @@ def variable_metadata(variable: nnx.Variable) -> tuple[dict[str, Any], list[str]
     return kept, lost
 
 
-def make_variable(name: Any, value: Any, metadata: Any) -> nnx.Variable:
+def make_variable(name: Any, value: Any, metadata: Any) -> "flax.nnx.Variable":
     """The variable of a file.
 
     Raises:
         ValueError: there is no such class, or its metadata cannot be.
     """
-    if name not in _VARIABLES or not isinstance(metadata, dict) or any(key in metadata for key in _OF_THE_PROCESS):
+    if name not in _variables() or not isinstance(metadata, dict) or any(key in metadata for key in _OF_THE_PROCESS):
         raise ValueError(f"there is no variable {str(name)[:40]!r} of NNX with {str(metadata)[:60]}")
-    return _VARIABLES[name].from_metadata(value, _USUAL | {key: from_json(item) for key, item in metadata.items()})
+    return _variables()[name].from_metadata(value, _USUAL | {key: from_json(item) for key, item in metadata.items()})
 
 
 def is_box(tree: Any) -> bool:

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from flax import nnx
 from flax.core import FrozenDict
 
 from btc_jax._typing import PyTree
@@ -18,8 +17,8 @@ MAX_NAMED = 256
 MAX_FOLDERS = 2**18
 """Dicts that paths may imply: a short text can name many."""
 
-_MAPPINGS = {"dict": dict, "ordered": collections.OrderedDict, "frozen": FrozenDict, "state": nnx.State}
-_NODES = {"list": 0, "tuple": 0, **dict.fromkeys(_MAPPINGS, 1), "namedtuple": 2, "object": 2}
+_MAPPINGS = {"dict": dict, "ordered": collections.OrderedDict, "frozen": FrozenDict}
+_NODES = {"list": 0, "tuple": 0, **dict.fromkeys(_MAPPINGS, 1), "state": 1, "namedtuple": 2, "object": 2}
 """Where the inner nodes stand among the fields of a node."""
 
 
@@ -73,6 +72,10 @@ class _Rebuilding:
             return tuple(items) if kind == "tuple" else items
         if kind in _MAPPINGS:
             return _MAPPINGS[kind](_pairs(fields[0], items))
+        if kind == "state":
+            from flax import nnx
+
+            return nnx.State(_pairs(fields[0], items))
         if kind == "variable":
             name, _, *metadata = fields
             (metadata,) = metadata or ({},)

@@ -14,20 +14,22 @@ What comes back as something else than it was is gathered, for a warning.
 import collections
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from flax import nnx
 from flax.core import FrozenDict
 
 from btc_jax._typing import PyTree
-from btc_jax.checkpoint.containers import box_names, is_box, variable_class, variable_metadata
+from btc_jax.checkpoint.containers import box_names, is_box, nnx_class, variable_class, variable_metadata
 from btc_jax.checkpoint.errors import BTCTreeWarning
 from btc_jax.tensor import is_packed
 
+if TYPE_CHECKING:
+    import flax.nnx
+
 MAX_DEPTH = 200
 
-_MAPPINGS = {dict: "dict", collections.OrderedDict: "ordered", FrozenDict: "frozen", nnx.State: "state"}
+_MAPPINGS = {dict: "dict", collections.OrderedDict: "ordered", FrozenDict: "frozen"}
 
 
 def describe(tree: PyTree, paths: Sequence[str]) -> Any:
@@ -55,6 +57,8 @@ class _Describing:
     def __init__(self, paths: Sequence[str]):
         self._paths, self._passed = paths, 0
         self._lost: dict[str, list[str]] = {}
+        state = nnx_class("State")
+        self._mappings: dict[Any, str] = {**_MAPPINGS, state: "state"} if state else _MAPPINGS
 
     def node(self, tree: PyTree, depth: int) -> tuple[Any, list[tuple[str, ...]] | None]:
         """The node of a subtree, and the keys of each of its leaves if it is nothing but nested dicts."""
@@ -92,16 +96,17 @@ class _Describing:
         nodes = [node for node, _ in described]
         if type(tree) in (list, tuple):
             return [type(tree).__name__, nodes], None
-        if isinstance(tree, nnx.Variable):
+        if isinstance(tree, nnx_class("Variable")):
             return self._variable(tree, nodes[0], start), None
         if is_box(tree):
             names, lost = box_names(tree)
             self._lose(start, *(f"the {name} of a {type(tree).__name__} is not kept" for name in lost))
             return ["box", type(tree).__name__, nodes[0], names], None
-        kind = _MAPPINGS.get(type(tree)) or next((k for c, k in _MAPPINGS.items() if isinstance(tree, c)), None)
+        mappings = self._mappings
+        kind = mappings.get(type(tree)) or next((k for c, k in mappings.items() if isinstance(tree, c)), None)
         if kind == "dict" and type(tree) is dict:
             return self._dict(keys, nodes, [relative for _, relative in described], first)
-        if kind and type(tree) in _MAPPINGS:
+        if kind and type(tree) in mappings:
             return [kind, keys, nodes], None
         return self._other(tree, kind, keys, nodes, start), None
 
@@ -116,7 +121,7 @@ class _Describing:
                 return ["paths", len(inside), above], inside
         return ["dict", keys, nodes], None
 
-    def _variable(self, variable: nnx.Variable, node: Any, start: str) -> Any:
+    def _variable(self, variable: "flax.nnx.Variable", node: Any, start: str) -> Any:
         kind, (metadata, lost) = variable_class(variable), variable_metadata(variable)
         if kind is not type(variable):
             self._lose(start, f"a {type(variable).__name__} comes back as nnx.{kind.__name__}")

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from btc_jax._console import progress as progress_bar
+from btc_jax._progress import progress as progress_bar
 from btc_jax.checkpoint.files import whole_file
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "btc_jax"

@@ -2,30 +2,20 @@
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import singledispatch
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 from typer.core import TyperGroup
 
-from btc_jax._errors import ArgumentError, ConflictingArgumentsError, LeafError
-from btc_jax.checkpoint.errors import BTCNotCompressedError
-from btc_jax.compare import Difference
-from btc_jax.metrics import jsonable
-from btc_jax.policy import NotFloatingError, NothingPackedError
-from btc_jax.report import codec_cell
-from btc_jax.stream.plan import CompressedSourceError
+if TYPE_CHECKING:
+    import rich.table
+
+    import btc_jax.compare
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # of click, or of typer, which has its own since 0.2x
-_OPTIONS = {"sqnr_db": "sqnr"}
-"""Options that have another name than their argument."""
 
 
 class OneLineErrors(TyperGroup):
@@ -53,30 +43,14 @@ class OneLineErrors(TyperGroup):
         sys.exit(code or 0)
 
 
-@contextmanager
-def progress(title: str, total: int | None, before: str = "") -> Iterator[Callable[[str, int], None]]:
-    """A bar with throughput on a terminal; yields what is to be called after each leaf.
-
-    Args:
-        total: bytes of all leaves; `None` if nothing is known but that it takes a while, 0 if it does not.
-        before: what is done before the first leaf.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    silent = not console.is_terminal or total == 0
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(before or title, total=None if before else total)
-
-        def on_leaf(_: str, size: int) -> None:
-            bar.update(task, description=title, total=total, advance=size)
-
-        yield on_leaf
-
-
-def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> None:
+def show(as_json: bool, document: Any, *shown: str | Callable[[], "rich.table.Table"]) -> None:
     """The document as JSON, or lines and tables, which are made only then. A pipe gets lines as long as they come."""
     if as_json:
+        from btc_jax.metrics import jsonable
+
         return typer.echo(json.dumps(jsonable(document), allow_nan=False))
+    from rich.console import Console
+
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if narrow else 10_000)
     for item in shown:
@@ -90,6 +64,8 @@ def show(as_json: bool, document: Any, *shown: str | Callable[[], Table]) -> Non
 
 def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
+    from btc_jax.report import codec_cell
+
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
     stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]
     match leaf["origin"]:
@@ -102,7 +78,7 @@ def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     return {name: plain(str(value or "")) for name, value in row.items()}
 
 
-def diff_row(leaf: Difference) -> dict[str, str]:
+def diff_row(leaf: "btc_jax.compare.Difference") -> dict[str, str]:
     """A row of the table of `btc diff`."""
     figures = {
         "rmse": leaf.rmse,
@@ -131,65 +107,9 @@ def _sentence(error: Exception) -> str:
         return f"{error.filename} does not exist; check the path"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    from btc_jax_cli.errors import at_a_prompt
+
     return at_a_prompt(error) or type(error).__name__
-
-
-@singledispatch
-def at_a_prompt(error: Exception) -> str:
-    """What an error says to somebody who has commands and options, not functions and arguments."""
-    return str(error)
-
-
-def _option(argument: str) -> str:
-    return f"--{_OPTIONS.get(argument, argument).replace('_', '-')}"
-
-
-def _dense(path: str) -> str:
-    """The option that leaves just this leaf dense, quoted for a shell."""
-    pattern = f"re:{re.escape(path)}" if any(letter in path for letter in "*?[") else path
-    return "--rule '" + pattern.replace("'", "'\"'\"'") + "=dense'"
-
-
-@at_a_prompt.register
-def _(error: KeyError) -> str:
-    return str(error.args[0]) if error.args else ""
-
-
-@at_a_prompt.register
-def _(error: ArgumentError) -> str:
-    return f"{_option(error.name)} {error.problem}"
-
-
-@at_a_prompt.register
-def _(error: ConflictingArgumentsError) -> str:
-    return f"{' and '.join(f'{_option(name)} {value}' for name, value in error.given.items())} {error.problem}"
-
-
-@at_a_prompt.register
-def _(error: LeafError) -> str:
-    return f"{error}; {_dense(error.path)} leaves it dense"
-
-
-@at_a_prompt.register
-def _(error: NotFloatingError) -> str:
-    return f"{error.problem}; narrow the pattern, or put {_dense(error.path)} before it"
-
-
-@at_a_prompt.register
-def _(error: NothingPackedError) -> str:
-    small, rule = error.reason == "too small", f"--rule '{error.pattern}=packed' packs such a leaf all the same"
-    way = "--min-size 0 packs small leaves as well" if small else rule if error.pattern else "name another file"
-    return f"{error.problem}; {way}; `btc plan` shows each reason"
-
-
-@at_a_prompt.register
-def _(error: BTCNotCompressedError) -> str:
-    return f"{error.problem}; `btc quantize` makes one"
-
-
-@at_a_prompt.register
-def _(error: CompressedSourceError) -> str:
-    return f"{error.problem}; `btc restore` makes it dense again"
 
 
 def plain(text: str) -> str:

@@ -4,16 +4,15 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from btc_jax.allocate import Target, nbytes_of, target_of
-from btc_jax.codecs import CODECS, Codec
-from btc_jax.codecs.multilevel import Effort
-from btc_jax.compare import dense_nbytes
-from btc_jax.policy import Policy, Rule
-from btc_jax.sources import open_source
+if TYPE_CHECKING:
+    import btc_jax.allocate
+
+MIN_SIZE, BALANCE = 4096, 0.0
+"""Defaults of `Policy`."""
 
 OWN = {"uniform": ("low_bits", "high_bits", "threshold", "header_dtype"), "multilevel": ("width", "effort")}
 """Options that only one codec has."""
@@ -62,7 +61,7 @@ class How:
     ] = None
     balance: Annotated[
         float | None,
-        _option("P", f"0 for the least error in all, 2 for the least of each leaf by itself [{Policy.balance}]."),
+        _option("P", f"0 for the least error in all, 2 for the least of each leaf by itself [{BALANCE}]."),
     ] = None
     rule: Annotated[
         list[str] | None,
@@ -73,10 +72,12 @@ class How:
             "first that matches a leaf decides.",
         ),
     ] = None
-    min_size: Annotated[int, _option("N", "Fewest weights of a leaf that is packed without a rule.")] = Policy.min_size
+    min_size: Annotated[int, _option("N", "Fewest weights of a leaf that is packed without a rule.")] = MIN_SIZE
 
     @property
-    def target(self) -> Target | None:
+    def target(self) -> "btc_jax.allocate.Target | None":
+        from btc_jax.allocate import target_of
+
         return target_of(**self.targets)
 
     @property
@@ -84,17 +85,23 @@ class How:
         """As the library's functions take them."""
         return {"bits": self.bits, "size": self.size, "rmse": self.rmse, "sqnr_db": self.sqnr}
 
-    def policy_and_bytes(self, source: Path) -> tuple[Policy, int]:
+    def policy_and_bytes(self, source: Path) -> tuple["btc_jax.Policy", int]:
         """The policy that the options stand for, and the bytes of the leaves of the source."""
+        from btc_jax import Policy
+        from btc_jax.compare import dense_nbytes
+        from btc_jax.sources import open_source
+
         codec = self._codec()
         self._refuse_what_changes_nothing(codec)
         rules = tuple(_rule(text, codec) for text in self.rule or ())
         with open_source(source) as opened:
             total = sum(dense_nbytes(leaf.shape, leaf.dtype.name) for leaf in opened.leaves)
-        balance = Policy.balance if self.balance is None else self.balance
+        balance = BALANCE if self.balance is None else self.balance
         return Policy(codec, rules, min_size=self.min_size, balance=balance), total
 
-    def _codec(self) -> Codec:
+    def _codec(self) -> "btc_jax.Codec":
+        from btc_jax.codecs import CODECS
+
         name = self.codec or ("multilevel" if self.target else "uniform")
         if name not in OWN:
             raise ValueError(f"--codec {name!r} is unknown; it can be {' or '.join(OWN)}")
@@ -113,7 +120,7 @@ class How:
             return f"{option} is an option of --codec uniform, and a target means multilevel; add --codec uniform"
         return f"{option} is an option of --codec multilevel; add that, or a target such as --bits 4.5"
 
-    def _refuse_what_changes_nothing(self, codec: Codec) -> None:
+    def _refuse_what_changes_nothing(self, codec: "btc_jax.Codec") -> None:
         """Widths that can change and a target for them: one without the other is a mistake."""
         if self.target and not codec.adaptive:
             name = "sqnr" if self.target.kind == "sqnr_db" else self.target.kind
@@ -150,10 +157,14 @@ def takes_how(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def shard_bytes(text: str) -> int:
     """The argument of `--max-shard-bytes`."""
+    from btc_jax.allocate import nbytes_of
+
     return int(nbytes_of(text, "max_shard_bytes"))
 
 
-def _rule(text: str, codec: Codec) -> Rule:
+def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
+    from btc_jax import Rule
+
     pattern, _, how = text.rpartition("=")
     if pattern and how == "dense":
         return Rule(pattern, None)
@@ -181,6 +192,8 @@ def _width(text: str) -> int | str:
 
 
 def _effort(text: str) -> str:
+    from btc_jax.codecs.multilevel import Effort
+
     if text not in (known := get_args(Effort)):
         raise ValueError(f"--effort {text!r} is unknown; it can be {' or '.join(known)}")
     return text

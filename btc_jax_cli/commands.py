@@ -1,22 +1,17 @@
-"""The command `btc`: it parses and calls. What it prints, and how it fails, is in `_console`."""
+"""The command `btc`: it parses and calls. What it prints, and how it fails, is in `console`."""
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from btc_jax import __version__
-from btc_jax._console import OneLineErrors, at_a_prompt, diff_row, inspect_row, plain, progress, show
-from btc_jax._options import How, shard_bytes, takes_how
-from btc_jax.checkpoint import BTCFormatError, LeafRecord, Verification, open_checkpoint
-from btc_jax.checkpoint import verify as verify_checkpoint
-from btc_jax.checkpoint.errors import BTCNotCompressedError
-from btc_jax.checkpoint.write import SUFFIX, index_of
-from btc_jax.compare import compare, dense_nbytes, open_side
-from btc_jax.report import comparison_table, plan_table
-from btc_jax.stream import compress_file, plan_file, restore_file
+from btc_jax_cli.console import OneLineErrors, diff_row, inspect_row, plain, show
+from btc_jax_cli.options import How, shard_bytes, takes_how
+
+if TYPE_CHECKING:
+    import btc_jax
 
 _EXIT = "Exit codes: {}, 2 wrong usage, file or pattern, 130 interrupted."
 _DONE = _EXIT.format("0 done")
@@ -46,7 +41,9 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace TARGET if it
 
 def _version(asked: bool) -> bool:
     if asked:
-        typer.echo(f"btc {__version__}")
+        from importlib.metadata import version
+
+        typer.echo(f"btc {version('btc_jax')}")
         raise typer.Exit
     return asked
 
@@ -85,6 +82,9 @@ def plan(
     btc plan model.safetensors --bits 4.5 --measure
     btc plan model.safetensors --block-size 32 --rule '*embed*=dense'
     """
+    from btc_jax import plan_file, plan_table
+    from btc_jax._progress import progress
+
     policy, _ = how.policy_and_bytes(source)
     with progress("measuring", None if measure else 0):
         found = plan_file(source, policy=policy, measure=measure, **how.targets)
@@ -114,6 +114,10 @@ def quantize(
     btc quantize hf_folder/ small.safetensors --max-shard-bytes 2GB
     btc quantize model.npz small.btc --rule '*/head/*=dense' --rule '*attn*=32'
     """
+    from btc_jax import compress_file
+    from btc_jax._progress import progress
+    from btc_jax.checkpoint.write import SUFFIX
+
     shard = None if max_shard_bytes is None else shard_bytes(max_shard_bytes)
     _check_target(source, target, force)
     if shard and target.suffix != SUFFIX:
@@ -144,6 +148,8 @@ def inspect(file: File, as_json: AsJson = False):
     btc inspect small.safetensors
     btc inspect small.safetensors --json | jq '.leaves[].effective_bits'
     """
+    from btc_jax import comparison_table, open_checkpoint
+
     with open_checkpoint(file) as checkpoint:
         leaves = [_described(record) for record in checkpoint.records.values()]
     total = {name: sum(leaf[name] for leaf in leaves) for name in ("weights", "bytes_before", "bytes")}
@@ -163,14 +169,17 @@ def verify(file: File, as_json: AsJson = False) -> int:
     \b
     btc verify small.safetensors && cp small.safetensors /backup
     """
+    import btc_jax
+    from btc_jax_cli.errors import at_a_prompt
+
     try:
-        found = verify_checkpoint(file)
+        found = btc_jax.verify(file)
         state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "all whole"
-    except BTCFormatError as error:
+    except btc_jax.BTCFormatError as error:
         if file.is_dir():
             raise
-        found = Verification(0, 0, (at_a_prompt(error),))
-        state = "nothing to verify" if isinstance(error, BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
+        found = btc_jax.Verification(0, 0, (at_a_prompt(error),))
+        state = "nothing to verify" if isinstance(error, btc_jax.BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
     text = f"{file}: {found.leaves} leaves, {found.nbytes:,} bytes, {state}"
     show(as_json, {"file": str(file), "ok": found.ok, **dataclasses.asdict(found)}, *found.damaged, text)
     return 0 if found.ok else 1
@@ -191,6 +200,10 @@ def diff(
     btc diff model.safetensors small.safetensors --limit 10
     btc diff old.safetensors new.safetensors && echo the same
     """
+    from btc_jax import comparison_table
+    from btc_jax._progress import progress
+    from btc_jax.compare import compare, open_side
+
     with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
         found = compare(one, other, on_leaf)
     rows = [*map(diff_row, found.different[:limit]), diff_row(found.total)]
@@ -210,6 +223,10 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
     \b
     btc restore small.safetensors plain.safetensors
     """
+    from btc_jax import open_checkpoint, restore_file
+    from btc_jax._progress import progress
+    from btc_jax.compare import dense_nbytes
+
     _check_target(file, target, force)
     with open_checkpoint(file) as checkpoint:
         total = sum(dense_nbytes(record.shape, record.dtype) for record in checkpoint.records.values())
@@ -224,6 +241,8 @@ def restore(file: File, target: Target, force: Force = False, as_json: AsJson = 
 
 def _check_target(source: Path, target: Path, force: bool) -> None:
     """Refuses a target that cannot be, or must not be, written, before any work is done."""
+    from btc_jax.checkpoint.write import index_of
+
     real, origin = target.resolve(), source.resolve()
     if origin in (real, index_of(real), *real.parents):
         raise ValueError(f"{target} would be written over or into {source}; name another file")
@@ -235,7 +254,9 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         raise ValueError(f"{target} exists; add --force to replace it, or name another file")
 
 
-def _described(record: LeafRecord) -> dict[str, Any]:
+def _described(record: "btc_jax.LeafRecord") -> dict[str, Any]:
+    from btc_jax.compare import dense_nbytes
+
     packed, weights = record.kind == "packed", math.prod(record.shape)
     return {
         **{"path": record.path, "kind": record.kind, "shape": record.shape, "dtype": record.dtype, "weights": weights},
@@ -244,7 +265,3 @@ def _described(record: LeafRecord) -> dict[str, Any]:
         "bytes_before": dense_nbytes(record.shape, record.dtype) if packed else record.nbytes,
         "bytes": record.nbytes,
     }
-
-
-if __name__ == "__main__":
-    app()

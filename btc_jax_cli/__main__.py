@@ -1,0 +1,3 @@
+from btc_jax_cli.commands import app
+
+app()
