@@ -119,12 +119,48 @@ def contiguous(view: np.ndarray) -> np.ndarray:
     """The array itself if it lies row by row, else a copy that does."""
     if view.flags.c_contiguous:
         return view
-    if view.ndim != 2 or not view.T.flags.c_contiguous:
-        return np.ascontiguousarray(view)
-    copy, rows = aligned(view.size, view.dtype).reshape(view.shape), max(1, _LINE // view.itemsize)
-    for i in range(0, view.shape[1], rows):  # 3 to 6 times faster than numpy, which writes far apart
-        copy[:, i : i + rows] = view[:, i : i + rows]
+    copy = aligned(view.size, view.dtype).reshape(view.shape)
+    _copy(copy, view)
     return copy
+
+
+def put(placed: np.ndarray, start: int, weights: np.ndarray) -> None:
+    """Writes weights that follow each other into a leaf whose axes are in the order in which its weights run.
+
+    Args:
+        placed: the leaf, a view.
+        start: how many weights come before.
+        weights: a vector.
+    """
+    if placed.flags.c_contiguous:
+        placed.reshape(-1)[start : start + weights.size] = weights
+        return
+    inner = math.prod(placed.shape[1:])
+    row, offset = divmod(start, inner)
+    first = min(-offset % inner, weights.size)  # to the end of a row that is begun
+    whole = (weights.size - first) // inner
+    rest = weights.size - first - whole * inner
+    _put_part(placed, row, offset, weights[:first])
+    row += offset > 0
+    _copy(placed[row : row + whole], weights[first : first + whole * inner].reshape(whole, *placed.shape[1:]))
+    _put_part(placed, row + whole, 0, weights[weights.size - rest :])
+
+
+def _put_part(placed: np.ndarray, row: int, offset: int, weights: np.ndarray) -> None:
+    if weights.size:
+        places = np.unravel_index(np.arange(offset, offset + weights.size), placed.shape[1:])
+        placed[row][places] = weights
+
+
+def _copy(into: np.ndarray, array: np.ndarray) -> None:
+    """A copy, of matrices where one lies column by column in cache lines: 3 to 6 times as fast as numpy's."""
+    if into.ndim != 2 or into.flags.c_contiguous == array.flags.c_contiguous:
+        into[...] = array
+        return
+    axis = int(into.flags.c_contiguous)  # the one along which lines of what is written lie
+    for i in range(0, into.shape[axis], _LINE // into.itemsize):
+        line = (slice(None),) * axis + (slice(i, i + _LINE // into.itemsize),)
+        into[line] = array[line]
 
 
 def transformed(placed: Float[Array, "..."], taps: tuple[int, ...], back: bool = False) -> Float[Array, "..."]:

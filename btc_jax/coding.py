@@ -8,7 +8,6 @@ run under `jit`; `reconstruct` can.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +87,7 @@ def pack(leaf: Any, recipe: Recipe, path: str = "leaf") -> Packed:
     setting, whole_leaf = surveyed(blocks, recipe)
     scale = np.float32(whole_leaf.rms or 1)
     dtype = jnp.dtype(jnp.float32) if _is_transformed(leaf, recipe) else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    tiles = [_rows_kept(form, tile) for tile in encoded(blocks, recipe, setting, scale, dtype)]
+    tiles = encoded(blocks, recipe, setting, scale, dtype, finish=functools.partial(_rows_kept, form))
     tile = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
     if not recipe.codec.fits(tile.header | setting):
         raise LeafError(path, what_does_not_fit(leaf, recipe.codec))
@@ -100,16 +99,18 @@ def pack(leaf: Any, recipe: Recipe, path: str = "leaf") -> Packed:
 
 
 def encoded(
-    blocks: Blocks, recipe: Recipe, setting: Setting, scale: Any, dtype: Any = "float32"
-) -> Iterator[xla.Encoded]:
+    blocks: Blocks, recipe: Recipe, setting: Setting, scale: Any, dtype: Any = "float32", **finish: Any
+) -> list[xla.Encoded]:
     """Every tile as it is encoded, on the host.
 
     Args:
         setting, scale: a number for all blocks, or one for each.
         dtype: what decoded weights are rounded to.
+        finish: see `results`.
     """
     codec = {"encoder": recipe.codec.encoder, "form": recipe.form, "dtype": np.dtype(dtype)}
-    return results(functools.partial(backend_for(recipe.form, blocks.platform).encode, **codec), blocks, scale, setting)
+    program = functools.partial(backend_for(recipe.form, blocks.platform).encode, **codec)
+    return results(program, blocks, scale, setting, **finish)
 
 
 def statistics_in(blocks: Blocks) -> BlockStatistics:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,11 @@ from btc_jax._typing import Array, Order
 from btc_jax._xla import apart
 from btc_jax.backends import backend_for
 from btc_jax.backends.xla import narrowed, tile_rows
-from btc_jax.blocks import aligned, axes, inverse, join, tap_sizes, transformed, unflattened
+from btc_jax.blocks import aligned, axes, inverse, join, put, tap_sizes, transformed, unflattened
 from btc_jax.formats import Format
-from btc_jax.planes import RowLayout, expand, plane_specs, row_layout, unpack_planes
+from btc_jax.planes import expand, plane_specs, row_layout, unpack_planes
 from btc_jax.seal import broken_seal, changed_arrays, is_intact
-from btc_jax.tiles import ahead, filled_up
+from btc_jax.tiles import filled_up, overlapped
 
 
 def unpack(
@@ -64,52 +64,56 @@ def _on_host(
     size = math.prod(shape)
     if broken := broken_seal(np.asarray(seal)):
         raise TypeError(changed_arrays(shape, f"its seal became {broken}"))
+    if size == 0:
+        return np.zeros(shape, dtype)
     widths, per_block = form.unpack_header(header, -(-size // form.block_size))
     if trouble := wrong_rows(planes, form, widths):
         raise TypeError(changed_arrays(shape, trouble))
-    is_transformed = math.prod(tap_sizes(shape, order)) > 1
-    flat = aligned(size, np.float32 if is_transformed else dtype)
-    for start, tile in _tiles(planes, widths, per_block, form, flat.dtype):
-        flat[start : start + tile.size] = tile[: size - start]
-    with np.errstate(all="ignore"):  # a forged header can hold any number
-        leaf = unflattened(flat, shape, order)
-    return np.asarray(narrowed(leaf, dtype)) if is_transformed else leaf
+    decoded = functools.partial(_by_tiles, planes, widths, per_block, form)
+    if math.prod(tap_sizes(shape, order)) > 1:
+        flat = np.empty(size, np.float32)
+        decoded(flat)
+        with np.errstate(all="ignore"):  # a forged header can hold any number
+            return np.asarray(narrowed(unflattened(flat, shape, order), dtype))
+    leaf = aligned(size, dtype).reshape(shape)
+    decoded(leaf.transpose(axes(leaf.ndim, order)))
+    return leaf
 
 
-def _tiles(
-    planes: Sequence[np.ndarray], widths: np.ndarray, header: Mapping[str, np.ndarray], form: Format, dtype: Any
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Decoded weights, tile by tile, and the place of the first."""
-    size, specs, taken = tile_rows(form.block_size, "cpu"), plane_specs(form.widths), [0] * len(planes)
-    program = functools.partial(backend_for(form, "cpu").decode, form=form, dtype=np.dtype(dtype))
+def _by_tiles(
+    planes: Sequence[np.ndarray], widths: np.ndarray, header: Mapping[str, np.ndarray], form: Format, placed: np.ndarray
+) -> None:
+    """Decodes blocks into a leaf whose axes are in the order in which its weights run."""
+    size, specs = tile_rows(form.block_size, "cpu"), plane_specs(form.widths)
+    starts, cpu = range(0, len(widths), size), jax.local_devices(backend="cpu")[0]
+    program = functools.partial(backend_for(form, "cpu").decode, form=form, dtype=placed.dtype)
+    taken = [np.cumsum([0, *np.add.reduceat(widths >= spec.end, starts, dtype=np.int64)]) for spec in specs]
 
-    def decoded(start: int) -> Array:
-        here = widths[start : start + size]
-        rows = [
-            _rows(i, planes, here >= spec.end, taken, row_layout(form.block_size, spec.bits))
-            for i, spec in enumerate(specs)
-        ]
+    def started(start: int) -> Array:
+        here, tile = widths[start : start + size], start // size
+        rows = [_rows(planes, i, *taken[i][tile : tile + 2], here >= spec.end, form) for i, spec in enumerate(specs)]
         numbers = {name: filled_up(array[start : start + size], size) for name, array in header.items()}
-        return program([filled_up(r, size) for r in rows], filled_up(here, size), numbers, np.int32(len(here)))
+        with jax.default_device(cpu):
+            return program(
+                [filled_up(plane, size) for plane in rows], filled_up(here, size), numbers, np.int32(len(here))
+            )
 
-    starts = range(0, len(widths), size)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        for start, tile in zip(starts, ahead(decoded(start) for start in starts), strict=True):
-            yield start * form.block_size, np.asarray(tile).reshape(-1)
+    def finished(start: int, tile: Array) -> None:
+        first = start * form.block_size
+        put(placed, first, np.asarray(tile).reshape(-1)[: placed.size - first])
+
+    overlapped(started, finished, starts)
 
 
-def _rows(i: int, planes: Sequence[np.ndarray], present: np.ndarray, taken: list[int], layout: RowLayout) -> np.ndarray:
-    """The rows of some blocks in plane `i`, zeros for those that have none, and counts them as taken."""
-    count = int(np.count_nonzero(present))
-    if count == 0:
+def _rows(planes: Sequence[np.ndarray], i: int, start: int, stop: int, present: np.ndarray, form: Format) -> np.ndarray:
+    """A row of plane `i` for every block, of those from `start` to `stop`; any for a block that has none there."""
+    if start == stop:
+        layout = row_layout(form.block_size, plane_specs(form.widths)[i].bits)
         return np.zeros((len(present), layout.nbytes // layout.dtype.itemsize), layout.dtype)
-    rows = planes[i][taken[i] : taken[i] + count]
-    taken[i] += count
-    if count == len(present):
+    rows = planes[i][start:stop]
+    if len(rows) == len(present):
         return rows
-    spread = np.zeros((len(present), rows.shape[1]), rows.dtype)
-    spread[present] = rows
-    return spread
+    return rows.take(np.cumsum(present, dtype=np.int32) - 1, axis=0, mode="clip")
 
 
 def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:

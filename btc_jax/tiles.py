@@ -4,8 +4,9 @@ On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On a
 """
 
 import functools
+import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,10 +18,11 @@ from btc_jax._typing import Array, Order
 from btc_jax.backends.xla import tile_rows
 from btc_jax.blocks import axes, flattened, spare_of, tap_sizes, transformed
 
+S = TypeVar("S")
 T = TypeVar("T")
 
-_AHEAD = 4
-"""Tiles that are given to the device before the result of the first is waited for."""
+_AHEAD = 1 + (os.cpu_count() or 1)
+"""Tiles that are worked on at once."""
 
 
 class Blocks(NamedTuple):
@@ -77,39 +79,43 @@ def _flattened(leaf: Array, order: Order) -> Array:
     return transformed(placed, tap_sizes(leaf.shape, order)).reshape(-1)
 
 
-def results(program: Callable[..., T], blocks: Blocks, *numbers: Any) -> Iterator[T]:
-    """What a program makes of each tile: arrays over its blocks, on the host. At least one tile, if it may be empty.
+def results(
+    program: Callable[..., T], blocks: Blocks, *numbers: Any, finish: Callable[[T], T] = lambda tile: tile
+) -> list[T]:
+    """What a program makes of each tile: arrays over its blocks, on the host. At least one, for a leaf of size 0.
 
     Args:
         program: called with the tile, `f32[rows, block_size]`, its spare places, `f32[rows]`, the numbers of its rows,
             and the count of rows that matter.
         numbers: trees of numbers for all blocks, or of arrays with one for each.
+        finish: what is to be made of each result, before the next are there.
     """
     rows = tile_rows(blocks.block_size, blocks.platform)
-    starts = range(0, max(blocks.count, 1), rows)
 
-    def result(start: int) -> T:
+    def started(start: int) -> T:
         tile, numbers_of_rows = _tile(blocks, start, rows), functools.partial(_for_rows, start=start, rows=rows)
-        count = np.int32(min(rows, blocks.count - start))
         with jax.default_device(blocks.device):
+            count = np.int32(min(rows, blocks.count - start))
             return program(tile, *jax.tree.map(numbers_of_rows, (blocks.spare, *numbers)), count)
 
-    for start, tile in zip(starts, ahead(result(start) for start in starts), strict=True):
-        yield _on_host(tile, min(rows, blocks.count - start))
+    def finished(start: int, made: T) -> T:
+        return finish(jax.tree.map(lambda array: np.asarray(array)[: blocks.count - start], made))
+
+    return overlapped(started, finished, range(0, max(blocks.count, 1), rows))
 
 
-def ahead(results: Iterator[T]) -> Iterator[T]:
-    """The same results, of which the next few are asked for before one is passed on: the device computes meanwhile."""
-    waiting: deque[T] = deque()
-    for result in results:
-        waiting.append(result)
+def overlapped(start: Callable[[int], S], finish: Callable[[int, S], T], numbers: Sequence[int]) -> list[T]:
+    """`finish(n, start(n))` for each number, where the next few are started before one is finished.
+
+    A program is started and goes on in another thread, one on each core, while numpy works on what others have made.
+    (Threads of our own were slower: numpy's small steps wait for each other.)
+    """
+    waiting, done = deque[tuple[int, S]](), []
+    for number in numbers:
+        waiting.append((number, start(number)))
         if len(waiting) > _AHEAD:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _on_host(tile: T, kept: int) -> T:
-    return jax.tree.map(lambda array: np.asarray(array)[:kept], tile)
+            done.append(finish(*waiting.popleft()))
+    return done + [finish(*pair) for pair in waiting]
 
 
 def _for_rows(numbers: Any, start: int, rows: int) -> np.ndarray:

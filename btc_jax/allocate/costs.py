@@ -45,13 +45,19 @@ class Matrix:
         self._header = np.array([coding.header_nbytes(form, int(count)) for count in self._whole.count])
         self._scale = self._spread(np.where(self._whole.rms > 0, self._whole.rms, 1))
         self._pairs = _neighbours(samples)
+        self._known: dict[bytes, Costs] = {}
 
-    @off_mesh
     def costs(self, slopes: np.ndarray) -> Costs:
         """At a slope for each leaf."""
+        if (key := slopes.tobytes()) not in self._known:
+            self._known[key] = self._costs(slopes)
+        return self._known[key]
+
+    @off_mesh
+    def _costs(self, slopes: np.ndarray) -> Costs:
         setting = coding.tuned(self._recipe, self._whole, self._statistics, self._leaves, slopes)
         setting = {name: self._spread(numbers) for name, numbers in setting.items()}
-        tiles = list(coding.encoded(self._blocks, self._recipe, setting, self._scale))
+        tiles = coding.encoded(self._blocks, self._recipe, setting, self._scale)
         widths = np.concatenate([tile.widths for tile in tiles])
         noise = np.concatenate([tile.noise for tile in tiles]).astype(np.float64)
         nbytes, error = np.array(coding.nbytes_by_width(self._recipe.form), np.float64)[widths], noise

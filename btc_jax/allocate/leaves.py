@@ -20,6 +20,11 @@ _USUAL = 2.0**-8
 """A slope at which leaves have about 4 bits."""
 
 
+FINE = len(LEVELS) - 1
+"""The level of most blocks."""
+_ALL = range(len(LEVELS))
+
+
 class Leaves:
     """Leaves in the order of their items, each read once.
 
@@ -74,27 +79,20 @@ class _Group:
 
     def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey]):
         self.codec, self.places = codec, places
-        self._surveys, self._matrices, self._fixed = [found[i] for i in places], {}, {}
+        self._matrices = [[Matrix(codec, form, [found[i] for i in places], k) for form in codec.formats] for k in _ALL]
+        self._size = np.array([found[i].whole.count for i in places])
 
     def costs(self, slopes: np.ndarray, level: int) -> tuple[list[Format], Costs]:
         """The format of least error plus slope times bits for each leaf, and what that costs."""
-        costs = [self._costs(form, slopes, level) for form in self.codec.formats]
-        size = np.array([survey.whole.count for survey in self._surveys])
-        values = [cost.error * size + slopes * 8 * cost.nbytes for cost in costs]
-        best = np.argmin(values, axis=0)
+        one = len(self.codec.formats) == 1
+        # Of several formats each has its own error, at any slope; and so has a codec that does not adapt.
+        own = slopes if one and self.codec.adaptive else np.full_like(slopes, self.codec.slope or 0)
+        costs = [matrix.costs(own) for matrix in self._matrices[level]]
+        if one:
+            return list(self.codec.formats) * len(slopes), costs[0]
+        best = np.argmin([cost.error * self._size + slopes * 8 * cost.nbytes for cost in costs], axis=0)
         chosen = [np.choose(best, [getattr(cost, name) for cost in costs]) for name in Costs._fields]
         return [self.codec.formats[i] for i in best], Costs(*chosen)
-
-    def _costs(self, form: Format, slopes: np.ndarray, level: int) -> Costs:
-        if (form, level) not in self._matrices:
-            self._matrices[form, level] = Matrix(self.codec, form, self._surveys, level)
-        by_slope = self.codec.adaptive and len(self.codec.formats) == 1
-        if by_slope:
-            return self._matrices[form, level].costs(slopes)
-        if (form, level) not in self._fixed:
-            own = np.full_like(slopes, self.codec.slope or 0)
-            self._fixed[form, level] = self._matrices[form, level].costs(own)
-        return self._fixed[form, level]
 
 
 def _alike(items: Sequence[Item]) -> dict[Codec, list[int]]:
@@ -128,7 +126,3 @@ def _lagrangian(codec: Codec, form: Format, found: Sequence[Survey]) -> Any:
 def _most(item: Item) -> int:
     form = item.codec.formats[-1]
     return coding.packed_nbytes(form, item.size, (*(0,) * (len(form.widths) - 1), item.blocks))
-
-
-FINE = len(LEVELS) - 1
-"""The level of most blocks."""

@@ -4,6 +4,7 @@ The loudest blocks are all among them; of the others every k-th in the order of 
 and errors nearly. So the sum over all blocks is estimated several times better than from as many drawn at random.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +32,15 @@ class Sample(NamedTuple):
     statistics: BlockStatistics
 
 
-def sample_of(blocks: Blocks, statistics: BlockStatistics, count: int) -> Sample:
-    """At most so many blocks, or all."""
-    chosen, share = _chosen(energies(statistics), count)
+def samples_of(blocks: Blocks, statistics: BlockStatistics, counts: Sequence[int]) -> tuple[Sample, ...]:
+    """Samples of at most so many blocks, or of all."""
+    if blocks.count <= min(counts):
+        return (_sample(blocks, statistics, np.arange(blocks.count), np.ones(blocks.count)),) * len(counts)
+    rising = _rising(energies(statistics))
+    return tuple(_sample(blocks, statistics, *_chosen(rising, count)) for count in counts)
+
+
+def _sample(blocks: Blocks, statistics: BlockStatistics, chosen: np.ndarray, share: np.ndarray) -> Sample:
     of_chosen = BlockStatistics(*(values[chosen] for values in statistics))
     return Sample(blocks.rows(chosen), blocks.spare[chosen], share, of_chosen)
 
@@ -43,12 +50,18 @@ def energies(statistics: BlockStatistics) -> Any:
     return np.square(np.maximum(statistics.high, -statistics.low)) * statistics.square * statistics.count
 
 
-def _chosen(energy: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _rising(energy: np.ndarray) -> np.ndarray:
+    """Places of blocks by energy, to 2 digits: numbers of 16 bits are sorted ten times as fast."""
+    relative = (energy / max(energy.max(), 1e-300)).astype(np.float32)
+    return np.argsort((relative.view(np.uint32) >> 16).astype(np.uint16), kind="stable")
+
+
+def _chosen(rising: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of blocks, and how many each stands for."""
-    if len(energy) <= count:
-        return np.arange(len(energy)), np.ones(len(energy))
-    rising, loud = np.argsort(energy, kind="stable"), max(count // _LOUD, 1)
-    others, rest = len(energy) - loud, max(count - loud, 1)
+    if len(rising) <= count:
+        return rising, np.ones(len(rising))
+    loud = max(count // _LOUD, 1)
+    others, rest = len(rising) - loud, max(count - loud, 1)
     every = others / rest
     picked = rising[((np.arange(rest) + 0.5) * every).astype(np.int64)]
     return np.concatenate([picked, rising[others:]]), np.concatenate([np.full(rest, every), np.ones(loud)])

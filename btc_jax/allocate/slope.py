@@ -101,7 +101,8 @@ class _Problem:
     def excess(self, octave: float, level: int) -> float:
         """How far the target is missed, in octaves of error or as a part of the bits; below 0 it is surely met."""
         (nbytes, squares), (more_bytes, more_squares) = self._sums(octave, level)
-        value, wanted = self._value(nbytes + _SURE * more_bytes, squares + _SURE * more_squares), self.target.value
+        sure = _SURE if level == FINE else 0
+        value, wanted = self._value(nbytes + sure * more_bytes, squares + sure * more_squares), self.target.value
         if self.target.kind == "rmse":
             return math.log2(max(value, 1e-300) / wanted)
         return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1

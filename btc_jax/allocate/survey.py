@@ -10,13 +10,13 @@ from btc_jax import coding
 from btc_jax._errors import LeafError
 from btc_jax._mesh import off_mesh
 from btc_jax._typing import Order
-from btc_jax.allocate.sample import Sample, energies, sample_of
+from btc_jax.allocate.sample import Sample, energies, samples_of
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves
 from btc_jax.codecs.statistics import whole
 from btc_jax.tiles import blocks_in
 
-LEVELS = (2**14, 2**17)
+LEVELS = (2**14, 2**16)
 """Blocks of all leaves together that are looked at: first to find about the slope, then to make sure."""
 _LEAST = (64, 256)
 """Blocks of each leaf, at least."""
@@ -94,7 +94,7 @@ def _survey(item: Item, leaf: Any, order: Order, total: int) -> Survey:
     counts = [
         max(least, math.ceil(level * blocks.count / max(total, 1))) for level, least in zip(LEVELS, _LEAST, strict=True)
     ]
-    samples = tuple(sample_of(blocks, statistics, count) for count in counts)
+    samples = samples_of(blocks, statistics, counts)
     return Survey(order, found, _scale(statistics, float(found.rms)), samples)
 
 

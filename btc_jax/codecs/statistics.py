@@ -7,11 +7,11 @@ blocks: in float64 by numpy on the host, where nothing is compiled for the numbe
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._typing import Array, Float
+from btc_jax._xla import row_sums
 from btc_jax.formats.base import namespace
 
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -35,20 +35,19 @@ class BlockStatistics(NamedTuple):
     square: Any
 
 
-@jax.vmap
-def statistics_of(block: Float[Array, " size"], spare: Float[Array, ""]) -> BlockStatistics:
-    """The statistics of one block, lifted to many. The last `spare` places repeat a weight, and do not count."""
-    low, high = block.min(), block.max()
+def statistics_of(blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"]) -> BlockStatistics:
+    """The statistics of each block. Its last `spare` places repeat a weight, and do not count."""
+    low, high = blocks.min(1), blocks.max(1)
     peak = jnp.maximum(high, -low)
     # Numbers near 1, so that no square vanishes.
-    x = block / jnp.where(peak < TINY, jnp.ones_like(peak), peak)
-    count = block.size - spare
-    return BlockStatistics(count, low, high, total(x, spare) / count, total(jnp.square(x), spare) / count)
+    x = blocks / jnp.where(peak < TINY, jnp.ones_like(peak), peak)[:, None]
+    count = blocks.shape[1] - spare
+    return BlockStatistics(count, low, high, totals(x, spare) / count, totals(jnp.square(x), spare) / count)
 
 
-def total(values: Float[Array, "*rest size"], spare: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """Sums over the last axis, of which the last `spare` places repeat one value that does not count."""
-    return values.sum(-1) - spare * values[..., -1]
+def totals(values: Float[Array, "blocks size"], spare: Float[Array, " blocks"]) -> Float[Array, " blocks"]:
+    """The sum of each row, of which the last `spare` places repeat one value that does not count."""
+    return row_sums(values) - spare * values[:, -1]
 
 
 @dataclasses.dataclass(frozen=True)

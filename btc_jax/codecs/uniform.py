@@ -5,7 +5,6 @@ Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block T
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from btc_jax._typing import Array, Float, UInt
 from btc_jax._xla import divide, rounded
 from btc_jax.codecs.base import Codec, Coded, Setting
-from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, total
+from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, totals
 from btc_jax.formats import Format, UniformFormat
 from btc_jax.formats.base import integer, namespace
 
@@ -130,7 +129,7 @@ class Uniform(Codec):
         self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
     ) -> Coded:
         assert isinstance(form, UniformFormat)
-        wide, minimum, maximum = jax.vmap(functools.partial(_statistics, form))(blocks, spare, setting["threshold"])
+        wide, minimum, maximum = _statistics(form, blocks, spare, setting["threshold"])
         widths, header = form.chosen(wide), {"minimum": minimum, "maximum": maximum}
         # The barrier keeps XLA from computing the grid again for every weight.
         low, step = jax.lax.optimization_barrier(form.grid(widths, header))
@@ -155,20 +154,23 @@ class Uniform(Codec):
 
 
 def _statistics(
-    form: UniformFormat, block: Float[Array, " size"], spare: Float[Array, ""], threshold: Float[Array, ""]
+    form: UniformFormat,
+    blocks: Float[Array, "blocks size"],
+    spare: Float[Array, " blocks"],
+    threshold: Float[Array, " blocks"],
 ) -> tuple[Array, Array, Array]:
-    """Equations 1 to 3 of one block: whether it is wide, and its extremes rounded outwards."""
+    """Equations 1 to 3: whether each block is wide, and its extremes rounded outwards."""
     dtype = jnp.dtype(form.header_dtype)
-    minimum = _round_down(block.min(), dtype)
-    maximum = -_round_down(-block.max(), dtype)
-    count = block.size - spare
-    mean = total(block, spare) / count
+    minimum = _round_down(blocks.min(1), dtype)
+    maximum = -_round_down(-blocks.max(1), dtype)
+    count = blocks.shape[1] - spare
+    mean = totals(blocks, spare) / count
     # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
     in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & ~jnp.isnan(mean)
     minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
     if len(form.widths) == 1:
-        return jnp.array(True), minimum, maximum
-    variance = total(jnp.square(block - mean), spare) / count
+        return jnp.ones_like(in_range), minimum, maximum
+    variance = totals(jnp.square(blocks - mean[:, None]), spare) / count
     return ~(jnp.sqrt(jnp.maximum(variance, 0)) < threshold), minimum, maximum
 
 
@@ -178,8 +180,8 @@ def _quantize(block: Float[Array, " size"], low: Float[Array, ""], step: Float[A
     return jax.lax.bitcast_convert_type(scaled + _ROUND, jnp.uint32) & 0xFF
 
 
-def _round_down(x: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
-    """The largest number of `dtype` that is not above `x`. Zero becomes -0.0, so that no header is all zero bits."""
+def _round_down(x: Float[Array, " blocks"], dtype: jnp.dtype) -> Float[Array, " blocks"]:
+    """The largest numbers of `dtype` that are not above `x`. Zero becomes -0.0, so that no header is all zero bits."""
     y = rounded(x, dtype)
     y = jnp.where(y.astype(x.dtype) > x, jnp.nextafter(y, jnp.full_like(y, -jnp.inf)), y)
     return jnp.where(y == 0, jnp.full_like(y, -0.0), y)
