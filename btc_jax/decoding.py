@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,36 +84,37 @@ def _by_tiles(
     planes: Sequence[np.ndarray], widths: np.ndarray, header: Mapping[str, np.ndarray], form: Format, placed: np.ndarray
 ) -> None:
     """Decodes blocks into a leaf whose axes are in the order in which its weights run."""
-    size, specs = tile_rows(form.block_size, "cpu"), plane_specs(form.widths)
-    starts, cpu = range(0, len(widths), size), jax.local_devices(backend="cpu")[0]
+    size, cpu = tile_rows(form.block_size, "cpu"), jax.local_devices(backend="cpu")[0]
     program = functools.partial(backend_for(form, "cpu").decode, form=form, dtype=placed.dtype)
-    taken = [np.cumsum([0, *np.add.reduceat(widths >= spec.end, starts, dtype=np.int64)]) for spec in specs]
+    rows = zip(*(_row_tiles(form, i, planes, widths, size) for i in range(len(plane_specs(form.widths)))), strict=True)
 
     def started(start: int) -> Array:
-        here, tile = widths[start : start + size], start // size
-        rows = [_rows(planes, i, *taken[i][tile : tile + 2], here >= spec.end, form) for i, spec in enumerate(specs)]
+        here, of_planes = widths[start : start + size], [filled_up(plane, size) for plane in next(rows, ())]
         numbers = {name: filled_up(array[start : start + size], size) for name, array in header.items()}
         with jax.default_device(cpu):
-            return program(
-                [filled_up(plane, size) for plane in rows], filled_up(here, size), numbers, np.int32(len(here))
-            )
+            return program(of_planes, filled_up(here, size), numbers, np.int32(len(here)))
 
     def finished(start: int, tile: Array) -> None:
         first = start * form.block_size
         put(placed, first, np.asarray(tile).reshape(-1)[: placed.size - first])
 
-    overlapped(started, finished, starts)
+    overlapped(started, finished, range(0, len(widths), size))
 
 
-def _rows(planes: Sequence[np.ndarray], i: int, start: int, stop: int, present: np.ndarray, form: Format) -> np.ndarray:
-    """A row of plane `i` for every block, of those from `start` to `stop`; any for a block that has none there."""
-    if start == stop:
-        layout = row_layout(form.block_size, plane_specs(form.widths)[i].bits)
-        return np.zeros((len(present), layout.nbytes // layout.dtype.itemsize), layout.dtype)
-    rows = planes[i][start:stop]
-    if len(rows) == len(present):
-        return rows
-    return rows.take(np.cumsum(present, dtype=np.int32) - 1, axis=0, mode="clip")
+def _row_tiles(
+    form: Format, i: int, planes: Sequence[np.ndarray], widths: np.ndarray, size: int
+) -> Iterator[np.ndarray]:
+    """Of plane `i` a row for every block, tile by tile; any for a block that has none there."""
+    spec, taken = plane_specs(form.widths)[i], 0
+    layout = row_layout(form.block_size, spec.bits)
+    none = np.zeros((size, layout.nbytes // layout.dtype.itemsize), layout.dtype)
+    for start in range(0, len(widths), size):
+        present = widths[start : start + size] >= spec.end
+        count = int(np.count_nonzero(present))
+        rows = planes[i][taken : taken + count] if count else none[: len(present)]
+        taken += count
+        partly = 0 < count < len(present)
+        yield rows.take(np.cumsum(present, dtype=np.int32) - 1, axis=0, mode="clip") if partly else rows
 
 
 def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
@@ -153,7 +154,7 @@ def _decode(
     blocks = -(-math.prod(shape) // form.block_size)
     if blocks == 0:
         return jnp.zeros(shape, dtype)
-    widths, per_block = form.unpack_header(header, blocks)
+    widths, per_block = jax.tree.map(jnp.asarray, form.unpack_header(header, blocks))
     specs = plane_specs(form.widths)[: len(planes)]
     rows = [expand(plane, widths, spec.end) for plane, spec in zip(planes, specs, strict=True)]
 

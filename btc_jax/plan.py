@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Target, target_of, usual_target
+from btc_jax.allocate import Goal, Target, target_of, usual_target
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe, count_widths, packed_nbytes
 from btc_jax.formats import Format
@@ -96,11 +96,8 @@ def btc_plan(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
     measure: bool = False,
+    **goal: Unpack[Goal],
 ) -> Plan:
     """Which leaves `btc_quantize` would pack, why not the others, and the bytes of the result.
 
@@ -127,7 +124,7 @@ def btc_plan(
         >>> btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, bits=4.5).note
         'bits of 4.5: at most 2,304 bytes, 7.11 times smaller'
     """
-    target = target_of(bits, size, rmse, sqnr_db)
+    target = target_of(**goal)
     policy = one_policy(codec, policy, target)
     leaves, decisions, _ = decide(params, policy)
     choices: list[Recipe | None] = [None] * len(leaves)

@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Item, Target, allocate, target_of, usual_target
+from btc_jax.allocate import Goal, Item, Target, allocate, target_of, usual_target
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
@@ -35,11 +35,8 @@ def btc_quantize(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
     progress: bool = False,
+    **goal: Unpack[Goal],
 ) -> PyTree:
     """Packs the weights of a model: the same tree, with a `BTCTensor` for each leaf that the policy packs.
 
@@ -56,12 +53,12 @@ def btc_quantize(
         codec: the codec of leaves packed by default; short for `policy=Policy(codec)`.
         policy: which leaves are packed, and how. Where neither names a codec, it is `Multilevel()` with a target, and
             `Uniform()` without.
+        progress: show a bar on a terminal, a step a leaf.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
         rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
             dtype of their leaf.
         sqnr_db: signal to quantization noise over the packed weights at least, in dB.
-        progress: show a bar on a terminal, a step a leaf.
 
     Returns:
         The packed tree. `btc_plan` and `btc_metrics` say what became of each leaf.
@@ -80,7 +77,7 @@ def btc_quantize(
         >>> btc_jax.btc_quantize(params, bits=4.5)["Dense_0"]["kernel"].dequantize()[0, 0]
         Array(1., dtype=float32)
     """
-    target = target_of(bits, size, rmse, sqnr_db)
+    target = target_of(**goal)
     policy = one_policy(codec, policy, target)
     leaves, decisions, treedef = decide(params, policy)
     refuse_without_values(leaves, decisions)
@@ -117,10 +114,7 @@ def btc_allocate(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
+    **goal: Unpack[Goal],
 ) -> Policy:
     """Shares out bits as `btc_quantize` does for a target, and returns the policy that says how: one rule a leaf.
 
@@ -135,7 +129,7 @@ def btc_allocate(
         >>> [(rule.pattern, rule.order) for rule in btc_jax.btc_allocate(params, bits=4).rules]
         [('re:kernel', 'output-major')]
     """
-    target = target_of(bits, size, rmse, sqnr_db)
+    target = target_of(**goal)
     policy = one_policy(codec, policy, target)
     leaves, decisions, _ = decide(params, policy)
     refuse_without_values(leaves, decisions)

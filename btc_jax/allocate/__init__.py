@@ -6,6 +6,7 @@ bit could save more error anywhere else (the condition of Lagrange); so one numb
 
 from btc_jax.allocate.slope import allocate as allocate
 from btc_jax.allocate.survey import Item as Item
+from btc_jax.allocate.target import Goal as Goal
 from btc_jax.allocate.target import Target as Target
 from btc_jax.allocate.target import nbytes_of as nbytes_of
 from btc_jax.allocate.target import target_of as target_of

@@ -19,7 +19,7 @@ _STARVED = 3.0
 """Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
 _TOLERANCE = 0.003
 """Part of a target that may be left unused."""
-_SURE = 4.0
+_SURE = 5.0
 """Standard deviations of what is not known of the blocks that were not looked at, which are kept free."""
 
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Unpack
 
-from btc_jax.allocate import target_of
+from btc_jax.allocate import Goal, target_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import ERRORS, LeafRecord, error_of_list
@@ -62,12 +62,9 @@ def compress_file(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
     max_shard_bytes: int | None = None,
     on_leaf: OnLeaf | None = None,
+    **goal: Unpack[Goal],
 ) -> Compressed:
     """Compresses a checkpoint file into another, one leaf at a time.
 
@@ -89,19 +86,19 @@ def compress_file(
         BTCPolicyError: a rule fits no leaf, or none is packed.
         OSError: the target could not be written.
     """
-    start, target, goal = perf_counter(), real_path(target), target_of(bits, size, rmse, sqnr_db)
+    start, target, aim = perf_counter(), real_path(target), target_of(**goal)
     check_target(target, max_shard_bytes)
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = nested(opened), one_policy(codec, policy, goal)
+        tree, policy = nested(opened), one_policy(codec, policy, aim)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)
         node = describe(tree, [how.path for how in decisions])
         _refuse_unreadable(target, node, lazy, decisions, max_shard_bytes)
         with Parts(target) as parts:
-            choices = choices_of(lazy, decisions, policy, goal, tree, target if max_shard_bytes else None)
+            choices = choices_of(lazy, decisions, policy, aim, tree, target if max_shard_bytes else None)
             parts.open(_identity(fingerprint, decisions, choices))
             resumed = sum(_finish(parts, i, *pair, on_leaf) for i, pair in enumerate(zip(lazy, choices, strict=True)))
             if opened.fingerprint() != fingerprint:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
 from btc_jax._errors import Remedied
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Target, target_of
+from btc_jax.allocate import Goal, Target, target_of
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.plan import Plan, plan_of
@@ -30,11 +30,8 @@ def plan_file(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
-    bits: float | None = None,
-    size: float | str | None = None,
-    rmse: float | None = None,
-    sqnr_db: float | None = None,
     measure: bool = False,
+    **goal: Unpack[Goal],
 ) -> Plan:
     """What `compress_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
 
@@ -44,7 +41,7 @@ def plan_file(
         ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
         BTCPolicyError: a rule fits no leaf.
     """
-    target = target_of(bits, size, rmse, sqnr_db)
+    target = target_of(**goal)
     with open_source(source) as opened:
         tree, policy = nested(opened), one_policy(codec, policy, target)
         leaves, decisions, _ = decide(tree, policy)
