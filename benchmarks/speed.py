@@ -2,38 +2,43 @@
 
     python -m benchmarks.speed
 
-One 64 MiB leaf, a quarter of its blocks wide, on one core. All sides run interleaved in one process, in warm memory,
-and are measured in processor time of the process, which other load on the machine disturbs least. The medians are
-printed as ratios to `memcpy`: above 1 is faster than copying. `gguf` (numpy) and `qwix` (jax) take part where they are
-installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
+One 64 MiB leaf, a quarter of its blocks wide, on one core: a kernel in the default order, and one in the order in
+memory. All sides run interleaved in one process and are measured in processor time of the process, which other load on
+the machine disturbs least. The medians are printed as ratios to `memcpy`: above 1 is faster than copying. There are two
+tables: in warm memory, which an allocator that keeps it makes of what is freed; and in default settings, where fresh
+memory for each result is a part of the time, of ours and of others. `gguf` (numpy) and `qwix` (jax) take part where they
+are installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
 """
 
 import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-# One thread, and an allocator that keeps memory: fresh memory costs more here than any codec, on every side.
-_ENVIRONMENT = {
+# One thread on every side.
+_ONE_THREAD = {
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "OMP_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+}
+# An allocator that keeps memory.
+_WARM = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    "OMP_NUM_THREADS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "JAX_PLATFORMS": "cpu",
 }
 if __name__ == "__main__" and os.environ.get("BTC_BENCHMARK") is None:
-    os.execve(
-        sys.executable,
-        [sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]],
-        os.environ | _ENVIRONMENT | {"BTC_BENCHMARK": "1"},
-    )
+    for name, settings in (("warm memory", _WARM), ("default settings", {})):
+        environment = os.environ | _ONE_THREAD | settings | {"BTC_BENCHMARK": name}
+        subprocess.run([sys.executable, "-m", "benchmarks.speed", *sys.argv[1:]], env=environment, check=True)
+    sys.exit()
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +47,10 @@ import rich
 import typer
 from rich.table import Table
 
-from btc_jax import Multilevel, Policy, Uniform, btc_allocate, btc_quantize, coding, quantize_leaf
+from btc_jax import Codec, Multilevel, Uniform, btc_allocate, btc_quantize, quantize_leaf
+from btc_jax._typing import Order
 
 SIDE = 4096
-MIB = 2**20
 Call = Callable[[], Any]
 
 
@@ -57,31 +62,36 @@ def weights(block_size: int) -> np.ndarray:
     return (blocks * sigma[:, None]).reshape(SIDE, SIDE)
 
 
+ORDERS: dict[str, Order] = {"": "output-major", ", stored": "stored"}
+"""The default order, and the one in memory."""
+
+
 def ours(leaf: jax.Array, block_size: int) -> dict[str, Call]:
     """Packing and decoding with one plane and with two."""
     calls: dict[str, Call] = {}
     for name, codec in (("4-bit", Uniform(block_size, threshold=float("inf"))), ("mixed", Uniform(block_size))):
-        tensor = quantize_leaf(leaf, codec, "stored")
-        calls[f"btc_jax {block_size} {name} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
-        calls[f"btc_jax {block_size} {name} decode f32"] = lambda tensor=tensor: tensor.dequantize()
-        calls[f"btc_jax {block_size} {name} decode bf16"] = lambda tensor=tensor: tensor.dequantize(jnp.bfloat16)
+        calls |= both_ways(f"btc_jax {block_size} {name}", leaf, codec)
+    return calls
+
+
+def both_ways(name: str, leaf: jax.Array, codec: Codec) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for suffix, order in ORDERS.items():
+        tensor = quantize_leaf(leaf, codec, order)
+        calls[f"{name} encode{suffix}"] = lambda order=order: quantize_leaf(leaf, codec, order)
+        calls[f"{name} decode f32{suffix}"] = lambda tensor=tensor: tensor.dequantize()
+        calls[f"{name} decode bf16{suffix}"] = lambda tensor=tensor: tensor.dequantize(jnp.bfloat16)
     return calls
 
 
 def multilevel(leaf: jax.Array) -> dict[str, Call]:
     """The multilevel codec at 4.5 bits: packing with the slope known, and with the search for it."""
-    calls: dict[str, Call] = {}
-    found = btc_allocate({"kernel": leaf}, bits=4.5, policy=Policy(Multilevel(), order="stored")).rules[0].codec
+    found = btc_allocate({"kernel": leaf}, bits=4.5).rules[0].codec
     assert isinstance(found, Multilevel)
-    for effort in ("fast", "exhaustive"):
-        codec = dataclasses.replace(found, effort=effort)
-        calls[f"btc_jax multilevel {effort} encode"] = lambda codec=codec: quantize_leaf(leaf, codec, "stored")
-    policy = Policy(Multilevel(), order="stored")
-    calls["btc_jax multilevel fast, bits=4.5, encode"] = lambda: btc_quantize({"kernel": leaf}, bits=4.5, policy=policy)
-    tensor = quantize_leaf(leaf, found, "stored")
-    calls["btc_jax multilevel decode f32"] = lambda: tensor.dequantize()
-    calls["btc_jax multilevel decode bf16"] = lambda: tensor.dequantize(jnp.bfloat16)
-    return calls
+    calls: dict[str, Call] = {"btc_jax multilevel, bits=4.5, encode": lambda: btc_quantize({"kernel": leaf}, bits=4.5)}
+    exhaustive = dataclasses.replace(found, effort="exhaustive")
+    calls["btc_jax multilevel exhaustive encode"] = lambda: quantize_leaf(leaf, exhaustive)
+    return calls | both_ways("btc_jax multilevel", leaf, found)
 
 
 def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
@@ -140,24 +150,10 @@ def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def encode_memory(leaf: jax.Array, codec: Uniform) -> tuple[int, int]:
-    """Peak bytes that packing takes beyond the leaf, its output included, and the bytes of the output.
-
-    By the compiled first step's own account; then numpy makes the smaller planes, which are copied to the device.
-    """
-    tensor = quantize_leaf(leaf, codec, "stored")
-    sizes: Any = coding._encode.lower(leaf, jnp.float32(0), codec, "stored").compile().memory_analysis()
-    held = sizes.output_size_in_bytes
-    peak = held + sizes.temp_size_in_bytes
-    for packed in tensor.planes:
-        if packed.shape[0] < tensor.num_blocks:
-            peak = max(peak, held + 2 * packed.nbytes)
-            held += packed.nbytes
-    return peak, tensor.nbytes
-
-
 def table(seconds: dict[str, float]) -> Table:
-    result = Table(title=f"64 MiB of float32, one core; memcpy {seconds['memcpy'] * 1e3:.1f} ms", title_justify="left")
+    where = os.environ["BTC_BENCHMARK"]
+    title = f"64 MiB of float32, one core, {where}; memcpy {seconds['memcpy'] * 1e3:.1f} ms"
+    result = Table(title=title, title_justify="left")
     for column in ("what", "ms", "GB/s of float32", "ratio to memcpy"):
         result.add_column(column, justify="left" if column == "what" else "right")
     for name, value in seconds.items():
@@ -169,7 +165,9 @@ def table(seconds: dict[str, float]) -> Table:
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 11,
     block_sizes: Annotated[str, typer.Option(help="Block sizes, with commas.")] = "32,64,128",
-    output: Annotated[Path | None, typer.Option(help="Write the medians as JSON to this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the medians as JSON to NAME-warm and NAME-default.")
+    ] = None,
 ) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -183,12 +181,9 @@ def main(
     calls |= llama_cpp_peers(leaf) | gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
     seconds = medians(calls, rounds)
     rich.print(table(seconds))
-    for size in sizes:
-        peak, stored = encode_memory(jnp.asarray(weights(size)), Uniform(size))
-        ratio = f"{peak / stored:.2f} times its output"
-        rich.print(f"encode mixed, block size {size}: peak extra memory {peak / MIB:.1f} MiB, {ratio}")
     if output:
-        output.write_text(json.dumps(seconds, indent=1))
+        named = output.with_stem(f"{output.stem}-{os.environ['BTC_BENCHMARK'].split()[0]}")
+        named.write_text(json.dumps(seconds, indent=1))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def _pattern(how: Decision) -> str:
     return f"{first}*{last}" if how.reason in REASONS else how.path
 
 
+def refuse_beside_like(codec: Any, policy: Any, target: Any) -> None:
+    given = {"codec": codec, "policy": policy, "target": target and target.kind}
+    if other := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"like and {other[0]} are given; like says how each leaf is packed: leave out {other[0]}")
+
+
 def refuse_other_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     if odd := sorted(before.keys() ^ after.keys()):
         raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in all)")

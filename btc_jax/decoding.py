@@ -111,17 +111,32 @@ def _row_tiles(
     for start in range(0, len(widths), size):
         present = widths[start : start + size] >= spec.end
         count = int(np.count_nonzero(present))
-        rows = planes[i][taken : taken + count] if count else none[: len(present)]
+        partly = False
+        if count == 0:
+            rows = none[: len(present)]
+        elif len(planes[i]) == len(widths):  # a row for every block, in its place
+            rows = planes[i][start : start + size]
+        else:
+            rows, partly = planes[i][taken : taken + count], count < len(present)
         taken += count
-        partly = 0 < count < len(present)
         yield rows.take(np.cumsum(present, dtype=np.int32) - 1, axis=0, mode="clip") if partly else rows
 
 
+def wanted_rows(form: Format, widths: np.ndarray) -> list[int]:
+    """How many blocks of these widths are in each plane of the format."""
+    return [int(np.count_nonzero(widths >= spec.end)) for spec in plane_specs(form.widths)]
+
+
 def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
-    """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string."""
-    rows = [len(plane) for plane in planes]
-    wanted = [count for spec in plane_specs(form.widths) if (count := int((widths >= spec.end).sum()))]
-    return "" if rows == wanted else f"its planes have {rows} rows, and the widths of its blocks ask for {wanted}"
+    """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string.
+
+    A plane may have room for more, as in a leaf that is packed like another; see `btc_jax.fit`.
+    """
+    wanted, rows = wanted_rows(form, widths), [len(plane) for plane in planes]
+    spare = [0] * (len(wanted) - len(rows))
+    fits = all(count <= found <= len(widths) for count, found in zip(wanted, rows + spare, strict=True))
+    asked = [count for count in wanted if count]
+    return "" if fits else f"its planes have {rows} rows, and the widths of its blocks ask for {asked}"
 
 
 def on_cpu(array: Any) -> bool:

@@ -8,7 +8,7 @@ block and the seal of each leaf included.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -154,24 +154,33 @@ def btc_metrics(
         >>> metrics.bytes_before, metrics.bytes_after, [leaf.reason for leaf in metrics.leaves]
         (16640, 4620, ['bias', 'default'])
     """
+    return metrics_of(params, quantized, one_policy(codec, policy), {})
+
+
+def metrics_of(params: PyTree, quantized: PyTree, policy: Policy, errors: Mapping[str, Error]) -> TreeMetrics:
+    """As `btc_metrics`, with errors by path that are known already."""
     refuse_staging("the tree")
     before, after = dict_of(params), dict_of(quantized)
     refuse_other_paths(before, after)
-    decisions = _decisions(params, one_policy(codec, policy))
+    decisions = _decisions(params, policy)
     origins, twins = first_paths(before), first_paths(after)
     rows = []
     for path, leaf in after.items():
         tied = origins[path] == twins[path] != path
-        row = tied_row(path, leaf, twins[path]) if tied else _row(path, before[path], leaf, decisions[path])
+        row = (
+            tied_row(path, leaf, twins[path])
+            if tied
+            else _row(path, before[path], leaf, decisions[path], errors.get(path))
+        )
         rows.append(_counted_once(row, origins[path] == path, twins[path] == path))
     refuse_other_trees(before, after)
     return tree_metrics(rows)
 
 
-def _row(path: str, original: Any, leaf: Any, decision: Decision) -> "LeafRow":
+def _row(path: str, original: Any, leaf: Any, decision: Decision, error: Error | None) -> "LeafRow":
     storage = storage_of(leaf) if is_packed(leaf) and not is_packed(original) else None
-    decoded = leaf.dequantize() if storage else leaf
-    return measure_leaf(path, original, decoded, storage, _reason(decision, storage))
+    decoded = leaf.dequantize() if storage and error is None else leaf
+    return measure_leaf(path, original, decoded, storage, _reason(decision, storage), error)
 
 
 def _counted_once(row: "LeafRow", before: bool, after: bool) -> "LeafRow":
@@ -185,8 +194,10 @@ LeafRow = tuple[LeafMetrics, Storage, Error]
 """A leaf's metrics with the sums that the totals are made of."""
 
 
-def measure_leaf(path: str, original: Any, decoded: Any, storage: Storage | None, reason: str) -> LeafRow:
-    """The metrics of one leaf; `storage` is `None` for a dense one.
+def measure_leaf(
+    path: str, original: Any, decoded: Any, storage: Storage | None, reason: str, error: Error | None = None
+) -> LeafRow:
+    """The metrics of one leaf; `storage` is `None` for a dense one, and `error` where it is still to be measured.
 
     Raises:
         ValueError: the two arrays differ in shape.
@@ -197,7 +208,7 @@ def measure_leaf(path: str, original: Any, decoded: Any, storage: Storage | None
         raise ValueError(f"{path} has shape {shape} in one tree and {other} in the other")
     if storage is None:
         return LeafMetrics(path, shape, dtype, reason, before, before, None), Storage(), Error()
-    error = error_of(original, decoded)
+    error = error or error_of(original, decoded)
     measures = Measures.of(storage, error)
     return LeafMetrics(path, shape, dtype, reason, before, storage.nbytes, measures), storage, error
 

@@ -123,13 +123,24 @@ def pack_planes(
     return tuple(rows[spec] for spec in specs)
 
 
-def compact(rows: UInt[Array, "blocks words"], widths: UInt8[Array, " blocks"], end: int, count: int) -> Array:
-    """The rows of the `count` blocks that are at least `end` bits wide."""
-    return rows.at[jnp.nonzero(widths >= end, size=count)[0]].get(mode="promise_in_bounds")
+def trimmed(plane: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The rows of the blocks that are in the plane, without those that have room for others: see `fitted`."""
+    count = int(np.count_nonzero(present))
+    return plane[present] if len(plane) == len(present) != count else plane[:count]
+
+
+def fitted(plane: np.ndarray, present: np.ndarray, rows: int) -> np.ndarray:
+    """A plane of so many rows, at least one for every block in it: what is left over is zeros.
+
+    They come last; but in a plane of as many rows as there are blocks each block has its own.
+    """
+    room = np.zeros((rows, *plane.shape[1:]), plane.dtype)
+    room[present if rows == len(present) else slice(int(np.count_nonzero(present)))] = trimmed(plane, present)
+    return room
 
 
 def expand(plane: UInt[Array, "rows words"], widths: UInt8[Array, " blocks"], end: int) -> UInt[Array, "blocks words"]:
-    """A row for every block; one that has none in the plane gets the row of another."""
+    """A row for every block; one that has none in the plane gets that of another, or what lies at its place."""
     if plane.shape[0] == widths.size:
         return plane
     present = widths >= end

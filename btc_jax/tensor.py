@@ -53,7 +53,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         >>> import btc_jax, jax.numpy as jnp
         >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
         >>> q
-        BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, format=UniformFormat(block_size=64, ...), order='output-major')
+        BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, format=UniformFormat(...), order='output-major')
         >>> q.nbytes, q.dequantize().shape, q.sum(axis=0).shape
         (4364, (64, 64), (64,))
     """

@@ -3,11 +3,12 @@
 On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On an accelerator it stays there.
 """
 
+import dataclasses
 import functools
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ _AHEAD = 1 + (os.cpu_count() or 1)
 """Tiles that are worked on at once."""
 
 
-class Blocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blocks:
     """Blocks of a leaf, or of several.
 
     Attributes:

@@ -13,9 +13,10 @@ from jax.core import Tracer
 
 from btc_jax import coding
 from btc_jax._errors import ArgumentError
-from btc_jax._mesh import staging
+from btc_jax._mesh import refuse_staging, staging
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
+from btc_jax._refuse import refuse_beside_like, refuse_other_paths
 from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
@@ -23,7 +24,8 @@ from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Item, Target, allocate, target_of, usual_target
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
-from btc_jax.coding import Recipe
+from btc_jax.coding import Error, Recipe
+from btc_jax.fit import check_room, packed_like, refuse_waste, with_room
 from btc_jax.packing import packed_leaf
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.policy.training import by_container
@@ -35,6 +37,8 @@ def btc_quantize(
     codec: Codec | None = None,
     *,
     policy: Policy | None = None,
+    like: PyTree | None = None,
+    room: float = 0.0,
     progress: bool = False,
     **goal: Unpack[Goal],
 ) -> PyTree:
@@ -53,6 +57,10 @@ def btc_quantize(
         codec: the codec of leaves packed by default; short for `policy=Policy(codec)`.
         policy: which leaves are packed, and how. Where neither names a codec, it is `Multilevel()` with a target, and
             `Uniform()` without.
+        like: a packed tree of the same model, in place of all that says how: each leaf is packed as there, with as many
+            bits as fit into its arrays. So both have equal shapes, and a function compiled for one takes the other.
+        room: spare rows in the arrays of each leaf, at most this part of its bytes, so that others can be packed like
+            it: 0.01 will do for checkpoints of one model. They count as bytes in memory, and are not saved.
         progress: show a bar on a terminal, a step a leaf.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
@@ -65,7 +73,7 @@ def btc_quantize(
 
     Raises:
         ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
-            empty; or the target cannot be reached, and the message says what can.
+            empty; the target cannot be reached, and the message says what can; or a leaf does not fit that of `like`.
         BTCPolicyError: a rule fits no leaf, or no leaf is packed.
         TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
@@ -78,12 +86,52 @@ def btc_quantize(
         Array(1., dtype=float32)
     """
     target = target_of(**goal)
-    policy = one_policy(codec, policy, target)
+    if like is not None:
+        refuse_beside_like(codec, policy, target)
+        return quantized_like(params, like, progress)
+    check_room(room)
+    packed = quantized(params, one_policy(codec, policy, target), target, progress)[0]
+    return _with_room(packed, room) if room else packed
+
+
+def quantized(
+    params: PyTree, policy: Policy, target: Target | None, progress: bool = False
+) -> tuple[PyTree, dict[str, Error]]:
+    """The packed tree, and by path the errors of its leaves, as far as encoding them told."""
     leaves, decisions, treedef = decide(params, policy)
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
-    choices = choose(leaves, decisions, target, policy.balance)
-    return treedef.unflatten(once(_quantize, decisions, tracked(leaves, "quantizing", progress), choices))
+    recipes = choose(leaves, decisions, target, policy.balance)
+    packed = once(_quantize, decisions, tracked(leaves, "quantizing", progress), recipes)
+    errors = {how.path: error for how, (_, error) in zip(decisions, packed, strict=True) if error}
+    return treedef.unflatten([leaf for leaf, _ in packed]), errors
+
+
+def _with_room(tree: PyTree, room: float) -> PyTree:
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(leaf)}
+    roomy = {key: with_room(leaf, room) for key, leaf in leaves.items()}
+    return jax.tree.map(lambda leaf: roomy.get(id(leaf), leaf), tree, is_leaf=is_packed)
+
+
+def quantized_like(params: PyTree, like: PyTree, progress: bool = False) -> PyTree:
+    """Each leaf packed as that of the same path, or left as it is where that is dense."""
+    paths, leaves, treedef = flatten(params)
+    models = dict(zip(*flatten(like)[:2], strict=True))
+    refuse_other_paths(dict.fromkeys(paths), models)
+    made: dict[tuple[int, int], Any] = {}  # one object at two paths stays one
+
+    def packed(path: str, leaf: Any) -> Any:
+        if not is_packed(model := models[path]):
+            return leaf
+        refuse_staging(path)
+        key = id(leaf), id(model)
+        if key not in made:
+            made[key] = packed_like(leaf, model, path)
+        return made[key]
+
+    found = [packed(*pair) for pair in zip(paths, tracked(leaves, "quantizing", progress), strict=True)]
+    refuse_waste(made.values())
+    return treedef.unflatten(found)
 
 
 def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
@@ -252,8 +300,8 @@ def _plain(codec: Codec, order: Any) -> Recipe:
     return Recipe(codec, codec.formats[0], order, codec.slope or 0.0)
 
 
-def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> Any:
-    return leaf if recipe is None else packed_leaf(leaf, recipe, how.path)[0]
+def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> tuple[Any, Error | None]:
+    return (leaf, None) if recipe is None else packed_leaf(leaf, recipe, how.path)
 
 
 def _reconstruct(how: Decision, leaf: Any, recipe: Recipe | None) -> Any:

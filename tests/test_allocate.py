@@ -346,7 +346,7 @@ def test_one_width_a_leaf_in_a_file(tmp_path):
 
 def test_a_bit_more_of_one_width_is_about_6_db():
     codecs = [Multilevel(width=width) for width in range(9)]
-    errors = [coding.pack(TREE["0/kernel"], coding.Recipe(codec, *codec.formats, "stored")).error for codec in codecs]
+    errors = [coding.pack(TREE["0/kernel"], coding.Recipe(codec, codec.formats[0], "stored")).error for codec in codecs]
     errors = [error.errors for error in errors]
     gains = -np.diff(10 * np.log10(errors))
     assert np.all((gains > 4.0) & (gains < 6.5)), gains

@@ -36,6 +36,7 @@ ROOMS = [
         "coding",
         "allocate",
         "packing",
+        "fit",
         "partition",
         "_refuse",
         "_ties",

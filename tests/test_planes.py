@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btc_jax.planes import compact, expand, pack_planes, pack_rows, plane_specs, row_layout, unpack_planes, unpack_rows
+from btc_jax.planes import (
+    expand,
+    fitted,
+    pack_planes,
+    pack_rows,
+    plane_specs,
+    row_layout,
+    trimmed,
+    unpack_planes,
+    unpack_rows,
+)
 
 
 def packed_by_hand(codes, bits):
@@ -50,20 +60,25 @@ def test_every_mix_of_widths_comes_back(seed, possible, block_size):
     widths = rng.choice(chosen, 20).astype(np.uint8)
     codes = (rng.random((20, block_size)) * 2.0 ** widths[:, None]).astype(np.uint8)
     specs = plane_specs(possible)
-    planes = [
-        compact(plane, jnp.asarray(widths), spec.end, int((widths >= spec.end).sum()))
-        for plane, spec in zip(pack_planes(jnp.asarray(codes), jnp.asarray(widths), specs), specs, strict=True)
-    ]
+    present = [widths >= spec.end for spec in specs]
+    rows = pack_planes(jnp.asarray(codes), jnp.asarray(widths), specs)
+    planes = [np.asarray(plane)[here] for plane, here in zip(rows, present, strict=True)]
     stored = sum(plane.nbytes for plane in planes)
     assert stored == sum(row_layout(block_size, s.bits).nbytes for s in specs for width in widths if width >= s.end)
-    used = [(plane, spec) for plane, spec in zip(planes, specs, strict=True) if len(plane)]
-    expanded = [expand(plane, jnp.asarray(widths), spec.end) for plane, spec in used]
-    decoded = unpack_planes(expanded, [spec for _, spec in used], jnp.asarray(widths), block_size)
-    assert np.array_equal(np.reshape(decoded, (20, -1))[:, :block_size], codes)
+    used = [i for i, plane in enumerate(planes) if len(plane)]
+    with_room = [fitted(planes[i], present[i], int(rng.integers(present[i].sum(), 21))) for i in used]
+    for stored in ([planes[i] for i in used], with_room):
+        expanded = [
+            expand(jnp.asarray(plane), jnp.asarray(widths), specs[i].end) for i, plane in zip(used, stored, strict=True)
+        ]
+        decoded = unpack_planes(expanded, [specs[i] for i in used], jnp.asarray(widths), block_size)
+        assert np.array_equal(np.reshape(decoded, (20, -1))[:, :block_size], codes)
+    for i, plane in zip(used, with_room, strict=True):
+        assert np.array_equal(trimmed(plane, present[i]), planes[i])
 
 
 def test_the_first_plane_is_a_4_bit_preview():
     codes, widths = jnp.asarray([[0x12, 0xFE], [0x3, 0x4]], jnp.uint8), jnp.asarray([8, 4], jnp.uint8)
     first, second = pack_planes(codes, widths, plane_specs((4, 8)))
     assert np.asarray(first).tolist() == [[0xF1], [0x43]]
-    assert np.asarray(compact(second, widths, 8, 1)).tolist() == [[0xE2]]
+    assert np.asarray(second)[np.asarray(widths) == 8].tolist() == [[0xE2]]

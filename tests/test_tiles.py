@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ def compilations():
     """The events of JAX's compiler while it is open."""
     found = []
 
-    def listen(event, seconds, **_):
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith("backend_compile_duration"):
-            found.append(seconds)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -45,7 +46,8 @@ MANY = [(40 + i, 64 + 3 * i) for i in range(12)] + [(3, 3, 8 + i, 16) for i in r
 
 
 def everything(tree, folder):
-    for goal in ({}, {"bits": 4.5}, {"rmse": 0.01}):
+    goals: list[Any] = [{}, {"bits": 4.5}, {"rmse": 0.01}]
+    for goal in goals:
         packed = btc_quantize(tree, policy=PACK_ALL, **goal)
         btc_jax.btc_dequantize(packed)
         btc_jax.btc_metrics(tree, packed, policy=PACK_ALL)
@@ -168,6 +170,8 @@ def test_leaves_share_tiles_and_not_their_numbers():
     packed = btc_quantize(tree, policy=PACK_ALL, bits=4.5)
     for path, leaf in packed.items():
         (rule,) = (rule for rule in together.rules if rule.matches(f"{path}/kernel"))
+        assert isinstance(rule.codec, Multilevel)
+        assert rule.order is not None
         alone = quantize_leaf(tree[path]["kernel"], rule.codec, rule.order)
         for a, b in zip(jax.tree.leaves(leaf["kernel"]), jax.tree.leaves(alone), strict=True):
             assert np.array_equal(a, b)

@@ -82,7 +82,8 @@ def surveys(item: Item, total: int) -> list[Survey]:
     """
     taps = with_taps(item.shape, item.order) if item.free and item.codec.adaptive else None
     leaf = item.read()
-    return [_survey(item, leaf, order, total) for order in (item.order, *([taps] if taps else []))]
+    orders: list[Order] = [item.order] if taps is None else [item.order, taps]
+    return [_survey(item, leaf, order, total) for order in orders]
 
 
 def _survey(item: Item, leaf: Any, order: Order, total: int) -> Survey:

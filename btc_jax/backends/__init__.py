@@ -1,4 +1,4 @@
-"""Implementations of encoding and decoding by format and platform. XLA's, on tiles, is the reference, and everywhere."""
+"""Implementations of encoding and decoding by format and platform. XLA's on tiles is the reference, everywhere."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

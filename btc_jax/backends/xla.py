@@ -1,8 +1,9 @@
 """Encoding, measuring and decoding a tile of blocks in XLA: one program each, whatever the leaf.
 
 A tile is a matrix of a fixed number of blocks, so a program is compiled once for all leaves of all models. A leaf fills
-its last tile up, and the first `count` rows are those that matter. On CPU a tile is worked on a cacheful at a time, only
-as far as `count`: from memory each reduction of XLA:CPU would read the weights again, which costs twice the arithmetic.
+its last tile up, and the first `count` rows are those that matter. On CPU a tile is worked on a cacheful at a time,
+only as far as `count`: from memory each reduction of XLA:CPU would read the weights again, at twice the cost of the
+arithmetic.
 """
 
 import functools

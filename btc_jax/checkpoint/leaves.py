@@ -19,7 +19,7 @@ from btc_jax.checkpoint.manifest import (
     key_tensor,
     packed_tensor,
 )
-from btc_jax.checkpoint.packed import arrays_of, check, format_json, from_bytes
+from btc_jax.checkpoint.packed import arrays_of, check, format_json, from_bytes, stored_nbytes
 from btc_jax.checkpoint.text import canonical
 from btc_jax.formats import format_from_json
 from btc_jax.tensor import BTCTensor, is_packed
@@ -96,7 +96,7 @@ def _packed(path: str, leaf: BTCTensor) -> LeafRecord:
         error.args = (f"{path or 'the tree'} cannot be saved: {error}",)
         raise
     details = {"codec": format_json(leaf.format), "order": leaf.order}
-    tensor = packed_tensor(path, leaf.nbytes)
+    tensor = packed_tensor(path, stored_nbytes(leaf))
     return LeafRecord(path, "packed", tuple(leaf.shape), np.dtype(leaf.dtype).name, (tensor,), details)
 
 

@@ -18,7 +18,7 @@ from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.decoding import wrong_rows
 from btc_jax.formats import Format, check_registered, format_from_json
 from btc_jax.intact import changes
-from btc_jax.planes import plane_specs, row_layout
+from btc_jax.planes import plane_specs, row_layout, trimmed
 from btc_jax.seal import SEAL, changed_arrays
 from btc_jax.tensor import BTCTensor
 
@@ -52,9 +52,25 @@ def check(leaf: BTCTensor) -> None:
 
 
 def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
-    """The arrays of a packed leaf, in the order of its bytes."""
-    header = [leaf.header[name] for name in leaf.format.stored_header(leaf.num_blocks)]
-    return [np.ascontiguousarray(array) for array in (leaf.seal, *header, *leaf.planes)]
+    """The arrays of a packed leaf as they are stored, in the order of its bytes."""
+    header = {name: np.asarray(leaf.header[name]) for name in leaf.format.stored_header(leaf.num_blocks)}
+    present = _present(leaf)
+    planes = [trimmed(np.asarray(plane), here) for plane, here in zip(leaf.planes, present, strict=False)]
+    arrays = (leaf.seal, *header.values(), *(plane for plane in planes if len(plane)))
+    return [np.ascontiguousarray(array) for array in arrays]
+
+
+def stored_nbytes(leaf: BTCTensor) -> int:
+    """Bytes of the arrays, without the room that some planes have: see `btc_jax.fit`."""
+    rows = zip(leaf.planes, _present(leaf), strict=False)
+    return leaf.nbytes - sum((len(plane) - int(np.count_nonzero(here))) * plane[:1].nbytes for plane, here in rows)
+
+
+def _present(leaf: BTCTensor) -> list[np.ndarray]:
+    """Which blocks are in each plane."""
+    header = {name: np.asarray(array) for name, array in leaf.header.items()}
+    widths = leaf.format.unpack_header(header, leaf.num_blocks)[0]
+    return [widths >= spec.end for spec in plane_specs(leaf.format.widths)]
 
 
 def from_bytes(data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:

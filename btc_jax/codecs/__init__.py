@@ -1,5 +1,6 @@
 """Codecs, one file each. `base.py` holds their contract."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,31 @@ from btc_jax.codecs.statistics import BlockStatistics as BlockStatistics
 from btc_jax.codecs.statistics import LeafStatistics as LeafStatistics
 from btc_jax.codecs.statistics import Leaves as Leaves
 from btc_jax.codecs.uniform import Uniform as Uniform
+from btc_jax.formats import Format, MultilevelFormat, UniformFormat
 
 CODECS: dict[str, type[Codec]] = {codec.id: codec for codec in (Uniform, Multilevel)}
 """The codecs of the library by id."""
+
+
+def codec_for(form: Format) -> Codec:
+    """A codec that codes blocks into this format of the library, at any slope.
+
+    Raises:
+        TypeError: it is another format.
+
+    Example:
+        >>> codec_for(UniformFormat(32, (4, 8)))
+        Uniform(block_size=32, low_bits=4, high_bits=8, threshold='auto', header_dtype='float16')
+    """
+    if type(form) is MultilevelFormat:
+        return Multilevel(form.block_size, form.width)
+    if type(form) is not UniformFormat:
+        raise TypeError(f"no codec of the library writes {form!r}")
+    low, high = form.widths[0], form.widths[-1]
+    if low < high:
+        return Uniform(form.block_size, low, high, "auto", form.header_dtype)
+    one = (low, low + 1, math.inf) if low < 8 else (low - 1, low, 0.0)
+    return Uniform(form.block_size, *one, form.header_dtype)
 
 
 def codec_from_json(config: Mapping[str, Any]) -> Codec:

@@ -45,8 +45,8 @@ _TRIED = {
 }
 """What "fast" tries in blocks of natural ranges up to these: ranges from the natural one, and places from the nearest
 offset to the second nearest. Exchanging any one was found to cost no less, over networks and random numbers of many
-kinds at 1 to 8 bits; from 3 bits on they lose a third of what 12 do, of ranges from -4 to 1 and two offsets each. In the
-last, bits may be worth nothing, and wider ranges pay. Beyond `TOP - 2` the first two give way to escapes."""
+kinds at 1 to 8 bits; from 3 bits on they lose a third of what 12 do, of ranges from -4 to 1 and two offsets each. In
+the last, bits may be worth nothing, and wider ranges pay. Beyond `TOP - 2` the first two give way to escapes."""
 _TRIED_AT_A_WIDTH = {
     TOP: [(-3, -1), (-2, -1), (-1, 0), (-1, 1), (-1, -1), (1, 0), (1, 1), (1, -1), (0, 0), (0, 1), (0, -1)]
 }

@@ -1,7 +1,7 @@
 """The contract of a format: what the stored arrays of a packed leaf mean.
 
-A format is a frozen dataclass of plain numbers: hashable, static under `jax.jit`, equal after a JSON round trip, and its
-repr is a constructor call. It holds nothing of how a leaf was made: neither thresholds, nor slopes, nor efforts. So
+A format is a frozen dataclass of plain numbers: hashable, static under `jax.jit`, equal after a JSON round trip, and
+its repr is a constructor call. It holds nothing of how a leaf was made: neither thresholds, nor slopes, nor efforts. So
 leaves of one format decode with one program, and trees of them have equal structures. It knows nothing of trees, files
 and encoders. Two formats may share an `id` only if each decodes what is stored in the other.
 """

@@ -37,10 +37,10 @@ ON_A_LEVEL = np.where(_LEVELS > 1, -(0.75 / _LEVELS + 0.25 / _LEVELS**3), 0).ast
 class MultilevelFormat(Format):
     """Blocks whose one byte of header tells their range, their place and their width.
 
-    A range `r` from 1 to 31, 5 bits, is a half-range of `step * 2 ** (r / 4)` and implies the width `r // 4 + 1`; so the
-    grid of every block has one of four steps. The other 3 bits are an offset. Range 0 is a block without payload if its
-    offset is 0. Otherwise the offset `e` tells how far beyond the others the range is: `step * 2 ** (8 + e * (e - 1) /
-    4)`, with 8 bits and a level on the centre, for the rare outlier. `step` and `centre` are two numbers a leaf.
+    A range `r` from 1 to 31, 5 bits, is a half-range of `step * 2 ** (r / 4)` and implies the width `r // 4 + 1`; so
+    the grid of every block has one of four steps. The other 3 bits are an offset. Range 0 is a block without payload if
+    its offset is 0. Otherwise the offset `e` tells how far beyond the others the range is: `step * 2 ** (8 + e * (e -
+    1) / 4)`, with 8 bits and a level on the centre, for the rare outlier. `step` and `centre` are two numbers a leaf.
 
     With `n = 2 ** width`, code `q` is the level `u = (2 * q + 1 - n) / n`, from -1 to 1, and the weight
     `centre + half_range * (0.75 * u + 0.25 * u ** 3 + (2 * offset - 7) * 5 / 128)`. The cubic sets levels closer in the
@@ -49,8 +49,8 @@ class MultilevelFormat(Format):
 
     Args:
         block_size: weights per block, 16 to 256.
-        width: one width, 0 to 8 bits, for every block, so that the codes lie at even distances; or `None` for each block
-            its own.
+        width: one width, 0 to 8 bits, for every block, so that the codes lie at even distances; or `None` for each
+            block its own.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 
 from btc_jax._typing import PyTree
+from btc_jax.allocate import target_of
 from btc_jax.codecs import Codec
-from btc_jax.metrics import TreeMetrics, btc_metrics
+from btc_jax.metrics import TreeMetrics, metrics_of
 from btc_jax.policy import Policy
-from btc_jax.tree import btc_quantize
+from btc_jax.tree import quantized
 
 Evaluate = Callable[[PyTree], float]
 """`evaluate(params) -> accuracy` from 0 to 1, for a dense tree as for a packed one."""
@@ -107,8 +108,8 @@ class Judge:
     def try_(self, policy: Policy, bits: float | None = None) -> Tried:
         start = time.perf_counter()
         assert policy.codec, "one_policy comes first"
-        tree = btc_quantize(self.params, policy=policy, bits=bits)
-        metrics = btc_metrics(self.params, tree, policy=policy)
+        tree, errors = quantized(self.params, policy, target_of(bits=bits))
+        metrics = metrics_of(self.params, tree, policy, errors)
         accuracy, trouble = accuracy_of(self.evaluate, tree)
         kl, more = (None, "") if trouble else _divergence_of(self.divergence, tree)
         trouble = trouble or more
