@@ -6,8 +6,8 @@ One 64 MiB leaf, a quarter of its blocks wide, on one core: a kernel in the defa
 memory. All sides run interleaved in one process and are measured in processor time of the process, which other load on
 the machine disturbs least. The medians are printed as ratios to `memcpy`: above 1 is faster than copying. There are two
 tables: in warm memory, which an allocator that keeps it makes of what is freed; and in default settings, where fresh
-memory for each result is a part of the time, of ours and of others. `gguf` (numpy) and `qwix` (jax) take part where they
-are installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
+memory for each result is a part of the time, of ours and of others. `gguf` (numpy) and `qwix` (jax) take part where
+they are installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from btc_jax.backends import backend_for
 from btc_jax.backends.xla import narrowed, tile_rows
 from btc_jax.blocks import aligned, axes, inverse, join, put, tap_sizes, transformed, unflattened
 from btc_jax.formats import Format
-from btc_jax.planes import expand, plane_specs, row_layout, unpack_planes
+from btc_jax.planes import expand, plane_specs, row_layout, spare_rows, unpack_planes
 from btc_jax.seal import broken_seal, changed_arrays, is_intact
 from btc_jax.tiles import filled_up, overlapped
 
@@ -84,7 +84,7 @@ def _by_tiles(
     planes: Sequence[np.ndarray], widths: np.ndarray, header: Mapping[str, np.ndarray], form: Format, placed: np.ndarray
 ) -> None:
     """Decodes blocks into a leaf whose axes are in the order in which its weights run."""
-    size, cpu = tile_rows(form.block_size, "cpu"), jax.local_devices(backend="cpu")[0]
+    size, cpu = tile_rows(form.block_size), jax.local_devices(backend="cpu")[0]
     program = functools.partial(backend_for(form, "cpu").decode, form=form, dtype=placed.dtype)
     rows = zip(*(_row_tiles(form, i, planes, widths, size) for i in range(len(plane_specs(form.widths)))), strict=True)
 
@@ -130,13 +130,17 @@ def wanted_rows(form: Format, widths: np.ndarray) -> list[int]:
 def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
     """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string.
 
-    A plane may have room for more, as in a leaf that is packed like another; see `btc_jax.fit`.
+    A plane may have room for more, zeros, as in a leaf that is packed like another; see `btc_jax.fit`.
     """
     wanted, rows = wanted_rows(form, widths), [len(plane) for plane in planes]
     spare = [0] * (len(wanted) - len(rows))
-    fits = all(count <= found <= len(widths) for count, found in zip(wanted, rows + spare, strict=True))
-    asked = [count for count in wanted if count]
-    return "" if fits else f"its planes have {rows} rows, and the widths of its blocks ask for {asked}"
+    if not all(count <= found <= len(widths) for count, found in zip(wanted, rows + spare, strict=True)):
+        asked = [count for count in wanted if count]
+        return f"its planes have {rows} rows, and the widths of its blocks ask for {asked}"
+    for i, (plane, spec) in enumerate(zip(planes, plane_specs(form.widths), strict=False)):
+        if rows[i] > wanted[i] and spare_rows(np.asarray(plane), widths >= spec.end).any():
+            return f"its plane {i} has {rows[i]} rows with codes, and the widths of its blocks ask for {wanted[i]}"
+    return ""
 
 
 def on_cpu(array: Any) -> bool:

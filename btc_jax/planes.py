@@ -129,6 +129,11 @@ def trimmed(plane: np.ndarray, present: np.ndarray) -> np.ndarray:
     return plane[present] if len(plane) == len(present) != count else plane[:count]
 
 
+def spare_rows(plane: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """The rows that no block is in."""
+    return plane[~present] if len(plane) == len(present) else plane[int(np.count_nonzero(present)) :]
+
+
 def fitted(plane: np.ndarray, present: np.ndarray, rows: int) -> np.ndarray:
     """A plane of so many rows, at least one for every block in it: what is left over is zeros.
 

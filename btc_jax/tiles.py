@@ -1,6 +1,7 @@
 """The blocks of a leaf, tile by tile: where they lie, and programs run over them.
 
-On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On an accelerator it stays there.
+On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On an accelerator large leaves stay where
+they are; of small ones, which numpy cuts as well, only the tiles go there.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import numpy as np
 
 from btc_jax._mesh import gathered
 from btc_jax._typing import Array, Order
-from btc_jax.backends.xla import tile_rows
+from btc_jax.backends.xla import is_large, tile_rows
 from btc_jax.blocks import axes, flattened, spare_of, tap_sizes, transformed
 
 S = TypeVar("S")
@@ -68,10 +69,10 @@ def blocks_in(leaf: Any, block_size: int, order: Order) -> Blocks:
     if isinstance(leaf, jax.Array):
         leaf = gathered(leaf)
         (device,) = leaf.devices()
-    if device and device.platform != "cpu":
+    if device and is_large(leaf.size, device.platform):
         flat = _flattened(leaf, order)
-    else:  # any CPU will do, and programs are compiled for one
-        flat, device = flattened(np.asarray(leaf), order), device and jax.local_devices(backend="cpu")[0]
+    else:  # any device of the kind will do, and programs are compiled for one
+        flat, device = flattened(np.asarray(leaf), order), device and jax.local_devices(backend=device.platform)[0]
     return Blocks(flat, spare_of(flat.size, block_size), block_size, device)
 
 
@@ -92,7 +93,7 @@ def results(
         numbers: trees of numbers for all blocks, or of arrays with one for each.
         finish: what is to be made of each result, before the next are there.
     """
-    rows = tile_rows(blocks.block_size, blocks.platform)
+    rows = tile_rows(blocks.block_size, is_large(blocks.size, blocks.platform))
 
     def started(start: int) -> T:
         tile, numbers_of_rows = _tile(blocks, start, rows), functools.partial(_for_rows, start=start, rows=rows)

@@ -1,5 +1,7 @@
 """Trees packed like another: equal structures and shapes, so that compiled functions are shared."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ TARGETS = {
 }
 
 
-def params(seed, scale=1.0):
+def params(seed, scale=1.0) -> Any:
     rng = np.random.default_rng(seed)
     shapes = {"a": (128, 96), "b": (3, 3, 16, 32), "c": (70, 61)}
     tree = {path: {"kernel": scale * rng.standard_normal(shape).astype(np.float32)} for path, shape in shapes.items()}
@@ -169,7 +171,7 @@ def test_dense_leaves_of_the_model_stay_dense():
     model, sister = (btc_quantize(params(0), bits=4.5), params(1))
     sister = btc_quantize(sister, like=model)
     assert not is_packed(model["bias"])
-    assert np.array_equal(sister["bias"], params(1)["bias"])
+    assert np.array_equal(sister["bias"], np.ones(3))
 
 
 @pytest.mark.parametrize(

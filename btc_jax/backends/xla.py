@@ -25,7 +25,7 @@ _CHUNK = 2**14
 _CHUNKS = 8
 """Chunks of a tile on CPU."""
 _WEIGHTS = 2**21
-"""Weights of a tile on an accelerator, which works on all of them at once."""
+"""Weights of a large tile. An accelerator works on all of them at once, and leaves as large stay there."""
 
 
 class Encoded(NamedTuple):
@@ -46,9 +46,14 @@ class Encoded(NamedTuple):
     largest: Array
 
 
-def tile_rows(block_size: int, platform: str) -> int:
+def is_large(size: int, platform: str) -> bool:
+    """Whether so many weights are worked on in large tiles."""
+    return platform != "cpu" and size >= _WEIGHTS
+
+
+def tile_rows(block_size: int, large: bool = False) -> int:
     """Blocks of a tile."""
-    return _CHUNKS * max(1, _CHUNK // block_size) if platform == "cpu" else max(1, _WEIGHTS // block_size)
+    return max(1, _WEIGHTS // block_size) if large else _CHUNKS * max(1, _CHUNK // block_size)
 
 
 @jax.jit

@@ -63,7 +63,9 @@ def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
 def stored_nbytes(leaf: BTCTensor) -> int:
     """Bytes of the arrays, without the room that some planes have: see `btc_jax.fit`."""
     rows = zip(leaf.planes, _present(leaf), strict=False)
-    return leaf.nbytes - sum((len(plane) - int(np.count_nonzero(here))) * plane[:1].nbytes for plane, here in rows)
+    return leaf.nbytes - sum(
+        (len(plane) - int(np.count_nonzero(here))) * (plane.nbytes // max(len(plane), 1)) for plane, here in rows
+    )
 
 
 def _present(leaf: BTCTensor) -> list[np.ndarray]:
