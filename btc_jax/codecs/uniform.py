@@ -129,7 +129,8 @@ class Uniform(Codec):
         self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
     ) -> Coded:
         assert isinstance(form, UniformFormat)
-        wide, minimum, maximum = _statistics(form, blocks, spare, setting["threshold"])
+        # The barrier keeps XLA:GPU from calculating with extremes as they were before they were rounded.
+        wide, minimum, maximum = jax.lax.optimization_barrier(_statistics(form, blocks, spare, setting["threshold"]))
         widths, header = form.chosen(wide), {"minimum": minimum, "maximum": maximum}
         # The barrier keeps XLA from computing the grid again for every weight.
         low, step = jax.lax.optimization_barrier(form.grid(widths, header))
