@@ -78,8 +78,8 @@ def _pattern(how: Decision) -> str:
     return f"{first}*{last}" if how.reason in REASONS else how.path
 
 
-def refuse_beside_like(codec: Any, policy: Any, target: Any) -> None:
-    given = {"codec": codec, "policy": policy, "target": target and target.kind}
+def refuse_beside_like(codec: Any, policy: Any, target: Any, room: float) -> None:
+    given = {"codec": codec, "policy": policy, target.kind if target else "": target, "room": room or None}
     if other := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"like and {other[0]} are given; like says how each leaf is packed: leave out {other[0]}")
 

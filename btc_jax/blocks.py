@@ -84,7 +84,7 @@ def spare_of(size: int, block_size: int) -> np.ndarray:
 
 
 def join(blocks: Float[Array, "blocks size"], shape: tuple[int, ...], order: Order) -> Float[Array, "..."]:
-    """The leaf of which `blocks` are the blocks, the last one filled up to the full size; inverse of `blocks_of`."""
+    """The leaf with these blocks, the last one filled up to the full size; inverse of `blocks_of`."""
     permutation = axes(len(shape), order)
     flat = blocks.reshape(-1)[: math.prod(shape)]
     placed = transformed(flat.reshape([shape[axis] for axis in permutation]), tap_sizes(shape, order), back=True)
@@ -108,7 +108,7 @@ def unflattened(flat: np.ndarray, shape: tuple[int, ...], order: Order) -> np.nd
 
 
 def aligned(size: int, dtype: Any) -> np.ndarray:
-    """An array without values, of which `jax.device_put` makes one of JAX's on CPU without a copy."""
+    """An array without values, aligned so that `jax.device_put` takes it on CPU without a copy."""
     nbytes = size * np.dtype(dtype).itemsize
     raw = np.empty(nbytes + _LINE, np.uint8)
     start = -raw.ctypes.data % _LINE

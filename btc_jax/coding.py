@@ -67,8 +67,8 @@ class Packed(NamedTuple):
         planes: a matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows
             come last.
         header: what each block stores besides its codes, by name.
-        error: that of the weights in their dtype; `None` where blocks hold transformed weights, of which no single
-            error is known.
+        error: that of the weights in their dtype; `None` where blocks hold transformed weights, since the
+            error of a single weight is then unknown.
     """
 
     planes: tuple[np.ndarray, ...]

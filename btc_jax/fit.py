@@ -6,13 +6,13 @@ not stored in files.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from btc_jax import coding
-from btc_jax._mesh import like_leaf, off_mesh
+from btc_jax._mesh import like_leaf, off_mesh, refuse_staging
 from btc_jax.allocate.sample import Sample, samples_of
 from btc_jax.codecs import Leaves, codec_for
 from btc_jax.codecs.statistics import whole
@@ -27,13 +27,35 @@ from btc_jax.tiles import Blocks, blocks_in
 _LOWEST, _HIGHEST = -26.0, 30.0
 """Powers of two of slopes, the last one worth no bit."""
 _SAMPLED = 2**14
-"""Blocks of a leaf that are looked at to find about the slope."""
+"""Sampled blocks of a leaf, to find the slope roughly."""
 _WASTE = 0.1
 """Part of the bytes of a tree that may stay empty."""
 _MOST = 0.1
 """The largest room that can be asked for, as a part of the bytes."""
 _STEP = 2.0**-6
 """Octaves by which a slope that leaves too many rows is raised."""
+
+
+def leaves_like(leaves: Iterable[tuple[str, Any]], models: Mapping[str, Any]) -> list[Any]:
+    """Each leaf, given with its path, packed as the model of the same path, or left as it is where that is dense.
+
+    Raises:
+        ValueError: a leaf does not fit; or too much of the models would stay empty.
+    """
+    made: dict[tuple[int, int], BTCTensor] = {}  # one object at two paths stays one
+
+    def packed(path: str, leaf: Any) -> Any:
+        if not is_packed(model := models[path]):
+            return leaf
+        refuse_staging(path)
+        key = id(leaf), id(model)
+        if key not in made:
+            made[key] = packed_like(leaf, model, path)
+        return made[key]
+
+    found = [packed(*pair) for pair in leaves]
+    _refuse_waste(made.values())
+    return found
 
 
 def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
@@ -59,7 +81,7 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
     return _within(leaf, like, path)
 
 
-def refuse_waste(leaves: Iterable[BTCTensor]) -> None:
+def _refuse_waste(leaves: Iterable[BTCTensor]) -> None:
     """Refuses packed leaves whose planes stay empty for a large part, since they were cut to leaves of another kind."""
     sizes = [(leaf.nbytes, _spare_nbytes(leaf)) for leaf in leaves]
     whole, spare = sum(nbytes for nbytes, _ in sizes), sum(nbytes for _, nbytes in sizes)
@@ -97,7 +119,7 @@ def _packed_within(room: list[int], leaf: Any, recipe: Recipe, path: str) -> Pac
 
 @off_mesh
 def _octave(leaf: Any, recipe: Recipe, room: list[int]) -> float:
-    """The least slope at which the blocks that are looked at say that all rows fit, as a power of two."""
+    """The least slope at which all rows fit, as a power of two, estimated from sampled blocks."""
     blocks = blocks_in(leaf, recipe.form.block_size, recipe.order)
     statistics = coding.statistics_in(blocks)
     (sample,) = samples_of(blocks, statistics, [_SAMPLED])

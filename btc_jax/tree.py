@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from btc_jax import coding
 from btc_jax._errors import ArgumentError
-from btc_jax._mesh import refuse_staging, staging
+from btc_jax._mesh import staging
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
 from btc_jax._refuse import refuse_beside_like, refuse_other_paths
@@ -25,7 +25,7 @@ from btc_jax.allocate import Goal, Item, Target, allocate, target_of, usual_targ
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
-from btc_jax.fit import check_room, packed_like, refuse_waste, with_room
+from btc_jax.fit import check_room, leaves_like, with_room
 from btc_jax.packing import packed_leaf
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.policy.training import by_container
@@ -60,7 +60,8 @@ def btc_quantize(
         like: a packed tree of the same model, in place of all that says how: each leaf is packed as there, with as many
             bits as fit into its arrays. So both have equal shapes, and a function compiled for one takes the other.
         room: spare rows in the arrays of each leaf, at most this part of its bytes, so that others can be packed like
-            it: 0.01 will do for checkpoints of one model. They count as bytes in memory, and are not saved.
+            it: 0.01 will do for checkpoints of one model. They count as bytes in memory, beyond the target, and are not
+            saved.
         progress: show a bar on a terminal, a step a leaf.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
@@ -87,8 +88,8 @@ def btc_quantize(
     """
     target = target_of(**goal)
     if like is not None:
-        refuse_beside_like(codec, policy, target)
-        return quantized_like(params, like, progress)
+        refuse_beside_like(codec, policy, target, room)
+        return _quantized_like(params, like, progress)
     check_room(room)
     packed = quantized(params, one_policy(codec, policy, target), target, progress)[0]
     return _with_room(packed, room) if room else packed
@@ -113,25 +114,12 @@ def _with_room(tree: PyTree, room: float) -> PyTree:
     return jax.tree.map(lambda leaf: roomy.get(id(leaf), leaf), tree, is_leaf=is_packed)
 
 
-def quantized_like(params: PyTree, like: PyTree, progress: bool = False) -> PyTree:
-    """Each leaf packed as that of the same path, or left as it is where that is dense."""
+def _quantized_like(params: PyTree, like: PyTree, progress: bool) -> PyTree:
     paths, leaves, treedef = flatten(params)
     models = dict(zip(*flatten(like)[:2], strict=True))
     refuse_other_paths(dict.fromkeys(paths), models)
-    made: dict[tuple[int, int], Any] = {}  # one object at two paths stays one
-
-    def packed(path: str, leaf: Any) -> Any:
-        if not is_packed(model := models[path]):
-            return leaf
-        refuse_staging(path)
-        key = id(leaf), id(model)
-        if key not in made:
-            made[key] = packed_like(leaf, model, path)
-        return made[key]
-
-    found = [packed(*pair) for pair in zip(paths, tracked(leaves, "quantizing", progress), strict=True)]
-    refuse_waste(made.values())
-    return treedef.unflatten(found)
+    one_by_one = zip(paths, tracked(leaves, "quantizing", progress), strict=True)
+    return treedef.unflatten(leaves_like(one_by_one, models))
 
 
 def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:

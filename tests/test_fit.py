@@ -67,6 +67,18 @@ def test_one_trace_serves_all(target):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("target", ["bits", "paper", "one width"])
+def test_closed_over_mapped_and_scanned(target):
+    model, sister = ((tree["a"]["kernel"]) for tree in packed_pair(target))
+    expected, x = [leaf.dequantize() for leaf in (model, sister)], jnp.ones((2, 128))
+    assert np.array_equal(jax.jit(lambda: sister.dequantize())(), expected[1])
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), model, sister)
+    assert np.array_equal(jax.vmap(lambda leaf: leaf.dequantize())(stack), jnp.stack(expected))
+    _, scanned = jax.lax.scan(lambda carry, leaf: (carry, carry @ leaf.dequantize()), x, stack)
+    for found, weights in zip(scanned, expected, strict=True):
+        np.testing.assert_allclose(found, x @ weights, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("target", ["bits", "few bits", "paper"])
 def test_room_is_counted_in_memory_and_not_in_files(tmp_path, target):
     model, sister = packed_pair(target)
@@ -181,7 +193,8 @@ def test_dense_leaves_of_the_model_stay_dense():
         ({"kernel": jnp.ones((64, 64), jnp.bfloat16)}, {}, r"kernel is bfloat16\[64, 64\]"),
         ({"other": np.ones((64, 64), np.float32)}, {}, "'kernel' is in only one"),
         ({"kernel": np.full((64, 64), np.nan, np.float32)}, {}, "kernel: 4096 of 4096 weights are NaN"),
-        ({"kernel": np.ones((64, 64), np.float32)}, {"bits": 4}, "like and target are given"),
+        ({"kernel": np.ones((64, 64), np.float32)}, {"bits": 4}, "like and bits are given"),
+        ({"kernel": np.ones((64, 64), np.float32)}, {"room": 0.01}, "like and room are given"),
         ({"kernel": np.ones((64, 64), np.float32)}, {"policy": Policy()}, "like and policy are given"),
         ({"kernel": np.ones((64, 64), np.float32)}, {"codec": Uniform()}, "like and codec are given"),
     ],

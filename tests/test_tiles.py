@@ -191,14 +191,16 @@ def test_a_target_is_met_where_not_all_blocks_are_looked_at(draw, sqnr_db):
     assert sqnr_db <= found < sqnr_db + 0.2
 
 
+SOME = [(64, 96), (64, 96), (48, 32, 3, 3)]
+"""The last one a convolution, whose taps may be transformed."""
+
+
 def test_each_leaf_is_read_twice_at_most(tmp_path, monkeypatch):
     from safetensors.numpy import save_file
 
     from btc_jax.sources.safetensors import SafetensorsSource
 
-    save_file(
-        {f"{i}.weight": leaf["kernel"] for i, leaf in tree_of([(64, 96)] * 3).items()}, tmp_path / "m.safetensors"
-    )
+    save_file({f"{i}.weight": leaf["kernel"] for i, leaf in tree_of(SOME).items()}, tmp_path / "m.safetensors")
     read, reads = SafetensorsSource.read, []
     monkeypatch.setattr(SafetensorsSource, "read", lambda self, path: (reads.append(path), read(self, path))[1])
     btc_jax.compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)

@@ -21,7 +21,7 @@ class Costs(NamedTuple):
     Attributes:
         nbytes: bytes of everything stored.
         error: the squared error over the square of the weights.
-        nbytes_variance, error_variance: how uncertain both are, squared, since only some blocks were looked at.
+        nbytes_variance, error_variance: the variance of both estimates; 0 where every block was sampled.
     """
 
     nbytes: np.ndarray
@@ -73,7 +73,7 @@ class Matrix:
         return self._leaves.spread(numbers, len(self._share))
 
     def _variance(self, values: np.ndarray) -> np.ndarray:
-        """Of what each block stands for: blocks of like energy differ by as much as those not looked at from them."""
+        """Of the estimate of each block for those it stands for: as much as blocks of similar energy differ."""
         differences = np.zeros_like(values)
         differences[self._pairs] = np.square(values[self._pairs + 1] - values[self._pairs]) / 2
         return self._share * (self._share - 1) * differences

@@ -25,8 +25,8 @@ FINE = len(LEVELS) - 1
 _ALL = range(len(LEVELS))
 
 
-class Leaves:
-    """Leaves in the order of their items, each read once.
+class LeafSet:
+    """LeafSet in the order of their items, each read once.
 
     Attributes:
         size: weights of each leaf.
@@ -75,7 +75,7 @@ class Leaves:
 
 
 class _Group:
-    """Leaves that one codec codes."""
+    """LeafSet that one codec codes."""
 
     def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey]):
         self.codec, self.places = codec, places

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from btc_jax.allocate.leaves import FINE, Leaves
+from btc_jax.allocate.leaves import FINE, LeafSet
 from btc_jax.allocate.survey import Item
 from btc_jax.allocate.target import Target
 from btc_jax.coding import Recipe
@@ -20,7 +20,7 @@ _STARVED = 3.0
 _TOLERANCE = 0.003
 """Part of a target that may be left unused."""
 _SURE = 5.0
-"""Standard deviations of what is not known of the blocks that were not looked at, which are kept free."""
+"""Standard deviations of the estimate from sampled blocks that are kept free, so that a target is met."""
 
 
 def allocate(items: Sequence[Item], target: Target, *, balance: float, nbytes_beside: int = 0) -> list[Recipe]:
@@ -37,7 +37,7 @@ def allocate(items: Sequence[Item], target: Target, *, balance: float, nbytes_be
         ValueError: the target cannot be reached; the message says what can.
     """
     target.refuse_fixed(item.codec for item in items)
-    leaves = Leaves(items)
+    leaves = LeafSet(items)
     equal = _Problem(leaves, target, np.zeros(len(items)), math.inf, nbytes_beside)
     if target.named:
         equal.refuse_unreachable()
@@ -49,7 +49,7 @@ def allocate(items: Sequence[Item], target: Target, *, balance: float, nbytes_be
     return leaves.recipes(problem.octaves(octave), FINE)
 
 
-def _own_octaves(leaves: Leaves, balance: float) -> np.ndarray:
+def _own_octaves(leaves: LeafSet, balance: float) -> np.ndarray:
     """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
     scaled = leaves.scale > 0
     logs = np.log2(np.where(scaled, leaves.scale, 1))
@@ -66,7 +66,7 @@ class _Problem:
         limit: the largest slope of any leaf.
     """
 
-    def __init__(self, leaves: Leaves, target: Target, own: np.ndarray, limit: float, nbytes_beside: int):
+    def __init__(self, leaves: LeafSet, target: Target, own: np.ndarray, limit: float, nbytes_beside: int):
         self.leaves, self.target, self.own, self.limit = leaves, target, own, limit
         self.nbytes_beside = nbytes_beside
         self.weights = max(int(leaves.size.sum()), 1)

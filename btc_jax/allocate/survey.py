@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from btc_jax import coding
@@ -17,7 +18,7 @@ from btc_jax.codecs.statistics import whole
 from btc_jax.tiles import blocks_in
 
 LEVELS = (2**14, 2**16)
-"""Blocks of all leaves together that are looked at: first to find about the slope, then to make sure."""
+"""Sampled blocks of all leaves together: first to find the slope roughly, then to confirm it."""
 _LEAST = (64, 256)
 """Blocks of each leaf, at least."""
 _OUTLYING = 64
@@ -82,6 +83,7 @@ def surveys(item: Item, total: int) -> list[Survey]:
     """
     taps = with_taps(item.shape, item.order) if item.free and item.codec.adaptive else None
     leaf = item.read()
+    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # read once, for both orders
     orders: list[Order] = [item.order] if taps is None else [item.order, taps]
     return [_survey(item, leaf, order, total) for order in orders]
 

@@ -37,7 +37,7 @@ class Target(NamedTuple):
 
 
 class Goal(TypedDict, total=False):
-    """A target as keyword arguments, of which at most one is given; `target_of` makes the object of it.
+    """A target as keyword arguments, at most one at a time; `target_of` makes the object.
 
     Attributes:
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.

@@ -77,7 +77,7 @@ class Codec(abc.ABC):
             form: one of `formats`.
             leaf: statistics of the whole leaf, or of several.
             blocks: statistics of its blocks, or of some that speak for all.
-            leaves: which block is of which leaf.
+            leaves: which blocks belong to which leaf.
             slope: the squared error that saves a bit, over the mean square of the leaf's weights.
         """
         return {}

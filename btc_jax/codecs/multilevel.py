@@ -249,7 +249,7 @@ def _centre(leaf: LeafStatistics) -> Any:
 
 
 def _inverse(y: Array) -> Array:
-    """The `u` of which `y` is the cubic, for `y` from -1 to 1; off by 0.0002 at most."""
+    """The `u` whose cubic is `y`, for `y` from -1 to 1; off by 0.0002 at most."""
     u = jnp.float32(_INVERSE[-1])
     for coefficient in _INVERSE[-2::-1]:
         u = u * (y * y) + coefficient

@@ -46,7 +46,7 @@ def statistics_of(blocks: Float[Array, "blocks size"], spare: Float[Array, " blo
 
 
 def totals(values: Float[Array, "blocks size"], spare: Float[Array, " blocks"]) -> Float[Array, " blocks"]:
-    """The sum of each row, of which the last `spare` places repeat one value that does not count."""
+    """The sum of each row without its last `spare` places, which all repeat one value."""
     return row_sums(values) - spare * values[:, -1]
 
 
