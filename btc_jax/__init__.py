@@ -68,6 +68,7 @@ from btc_jax.search import SearchResult as SearchResult
 from btc_jax.search import SearchStatus as SearchStatus
 from btc_jax.search import Trial as Trial
 from btc_jax.search import btc_search as btc_search
+from btc_jax.sensitivity import btc_sensitivity as btc_sensitivity
 from btc_jax.stream import Compressed as Compressed
 from btc_jax.stream import Restored as Restored
 from btc_jax.stream import compress_file as compress_file

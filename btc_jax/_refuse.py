@@ -10,11 +10,12 @@ from jax.core import Tracer
 
 from btc_jax._mesh import refuse_staging
 from btc_jax.policy import Decision, NothingPackedError
+from btc_jax.policy.decide import NOT_SMALLER
 from btc_jax.policy.kinds import split_path
 from btc_jax.policy.training import REASONS
 from btc_jax.tensor import is_packed
 
-_WEIGHTS = ("too small", "not in names", *REASONS)
+_WEIGHTS = ("too small", NOT_SMALLER, "not in names", *REASONS)
 _UNALTERABLE = ("bool", "integer", "complex", "empty", "not an array", "already quantized")
 
 
@@ -63,7 +64,7 @@ def _remedy(how: Decision) -> str:
             f"if these are the weights to pack, pass what is under {first!r} as a tree of its own, or add "
             f"Rule({_pattern(how)!r})"
         )
-    if how.reason == "too small":
+    if how.reason in ("too small", NOT_SMALLER):
         return "Policy(min_size=0) packs small leaves as well"
     if how.reason == "not in names":
         return "Policy(names=None) packs all weight matrices, whatever their names"
@@ -78,8 +79,8 @@ def _pattern(how: Decision) -> str:
     return f"{first}*{last}" if how.reason in REASONS else how.path
 
 
-def refuse_beside_like(codec: Any, policy: Any, target: Any, room: float) -> None:
-    given = {"codec": codec, "policy": policy, target.kind if target else "": target, "room": room or None}
+def refuse_beside_like(codec: Any, policy: Any, goal: Mapping[str, Any], room: float) -> None:
+    given = {"codec": codec, "policy": policy, "room": room or None, **goal}
     if other := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"like and {other[0]} are given; like says how each leaf is packed: leave out {other[0]}")
 

@@ -54,13 +54,13 @@ def btc_logits(
     Raises:
         ValueError: there are no examples, or `apply` does not return `[batch, classes]`.
     """
-    examples = _count(inputs)
+    examples = count_examples(inputs)
     batch = min(batch_size, examples)
     if batch < 1:
         raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
     run = jax.jit(apply)
     starts = range(0, examples, batch)
-    outputs = [_logits(run(params, _batch(inputs, i, batch)), batch) for i in tracked(starts, "evaluating", progress)]
+    outputs = [_logits(run(params, batch_of(inputs, i, batch)), batch) for i in tracked(starts, "evaluating", progress)]
     return np.concatenate(outputs)[:examples]
 
 
@@ -149,7 +149,7 @@ def _logits(output: Any, batch: int) -> np.ndarray:
     return np.asarray(output, np.float32)
 
 
-def _count(inputs: PyTree) -> int:
+def count_examples(inputs: PyTree) -> int:
     shapes = {np.shape(x) for x in jax.tree.leaves(inputs)}
     if not shapes or () in shapes:
         raise ValueError(
@@ -162,7 +162,7 @@ def _count(inputs: PyTree) -> int:
     return counts.pop()
 
 
-def _batch(inputs: PyTree, start: int, size: int) -> PyTree:
+def batch_of(inputs: PyTree, start: int, size: int) -> PyTree:
     """Examples from `start`; a short batch is filled up with its last example, so that shapes, and code, stay the
     same."""
 

@@ -8,7 +8,7 @@ from jax.core import Tracer
 
 from btc_jax._mesh import like_leaf, refuse_staging
 from btc_jax._typing import Order
-from btc_jax.allocate import Item, allocate, usual_target
+from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe, pack
@@ -49,7 +49,7 @@ def quantize_leaf(
     recipe = Recipe(codec, codec.formats[0], order, codec.slope or slope or 0.0)
     if np.size(leaf) and (len(codec.formats) > 1 or (codec.adaptive and slope is None)):
         item = Item(path, lambda: leaf, np.shape(leaf), codec, order)
-        (recipe,) = allocate([item], usual_target([codec]), balance=0)
+        (recipe,) = allocate([item], Sharing())
     return packed_leaf(leaf, recipe, path)[0]
 
 

@@ -9,7 +9,7 @@ import jax
 
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Goal, Target, target_of, usual_target
+from btc_jax.allocate import Goal, Target, sharing_of, usual_target
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe, count_widths, packed_nbytes
 from btc_jax.formats import Format
@@ -107,7 +107,7 @@ def btc_plan(
 
     Args:
         params: a pytree of arrays or `jax.ShapeDtypeStruct`.
-        codec, policy, bits, size, rmse, sqnr_db: as for `btc_quantize`.
+        codec, policy, bits, size, rmse, sqnr_db, sensitivity, taps: as for `btc_quantize`.
         measure: read the values, share out the bits, and count the blocks of each width. The sizes are then exact, to
             the byte.
 
@@ -124,16 +124,16 @@ def btc_plan(
         >>> btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}, bits=4.5).note
         'bits of 4.5: at most 2,304 bytes, 7.11 times smaller'
     """
-    target = target_of(**goal)
-    policy = one_policy(codec, policy, target)
+    sharing = sharing_of(**goal)
+    policy = one_policy(codec, policy, sharing)
     leaves, decisions, _ = decide(params, policy)
     choices: list[Recipe | None] = [None] * len(leaves)
     if measure:
         for leaf, how in zip(leaves, decisions, strict=True):
             if how.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
                 raise TypeError(f"{how.path} is a ShapeDtypeStruct, without values to measure; leave out measure=True")
-        choices = choose(leaves, decisions, target, policy.balance)
-    return plan_of(leaves, decisions, choices, target)
+        choices = choose(leaves, decisions, sharing)
+    return plan_of(leaves, decisions, choices, sharing.target)
 
 
 def plan_of(

@@ -21,7 +21,7 @@ from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Goal, Item, Target, allocate, target_of, usual_target
+from btc_jax.allocate import Goal, Item, Sharing, allocate, sharing_of
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
@@ -49,8 +49,10 @@ def btc_quantize(
     packed already pass through untouched, and so do optimizer states and moving averages, as in a whole `TrainState`.
     One array at two paths (tied weights) is packed once, and the packed leaf is one object at both.
 
-    With a target the bits are shared out over the whole tree for the least error; without one, codecs that adapt to a
-    target come to a usual one: `Multilevel` to 4.5 bits, `Uniform(threshold="auto")` to 5.5 with blocks of 64.
+    With a target the bits are shared out over the whole tree: for `bits` and `size` so that the answers of the model
+    move least, as far as the shapes of the leaves tell, or the sensitivities that `btc_sensitivity` measured. Without
+    one, codecs that adapt to a target come to a usual one: `Multilevel` to 4.5 bits, `Uniform(threshold="auto")` to 5.5
+    with blocks of 64.
 
     Args:
         params: a pytree of jax or numpy arrays.
@@ -68,13 +70,18 @@ def btc_quantize(
         rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
             dtype of their leaf.
         sqnr_db: signal to quantization noise over the packed weights at least, in dB.
+        sensitivity: for `bits` and `size`, how much errors of each leaf move the answers: a tree like `params` of one
+            number for each leaf, from `btc_sensitivity`; `"shape"`, the default, estimates it from shapes and scales;
+            `"equal"` gives the least error of the weights, whatever the answers.
+        taps: convolution kernels may be transformed over their taps, where that pays; the default.
 
     Returns:
         The packed tree. `btc_plan` and `btc_metrics` say what became of each leaf.
 
     Raises:
         ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
-            empty; the target cannot be reached, and the message says what can; or a leaf does not fit that of `like`.
+            empty; the target cannot be reached, and the message says what can; the sensitivities are of another tree;
+            or a leaf does not fit that of `like`.
         BTCPolicyError: a rule fits no leaf, or no leaf is packed.
         TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
@@ -86,23 +93,23 @@ def btc_quantize(
         >>> btc_jax.btc_quantize(params, bits=4.5)["Dense_0"]["kernel"].dequantize()[0, 0]
         Array(1., dtype=float32)
     """
-    target = target_of(**goal)
+    sharing = sharing_of(**goal)
     if like is not None:
-        refuse_beside_like(codec, policy, target, room)
+        refuse_beside_like(codec, policy, goal, room)
         return _quantized_like(params, like, progress)
     check_room(room)
-    packed = quantized(params, one_policy(codec, policy, target), target, progress)[0]
+    packed = quantized(params, one_policy(codec, policy, sharing), sharing, progress)[0]
     return _with_room(packed, room) if room else packed
 
 
 def quantized(
-    params: PyTree, policy: Policy, target: Target | None, progress: bool = False
+    params: PyTree, policy: Policy, sharing: Sharing, progress: bool = False
 ) -> tuple[PyTree, dict[str, Error]]:
     """The packed tree, and by path the errors of its leaves, as far as encoding them told."""
     leaves, decisions, treedef = decide(params, policy)
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
-    recipes = choose(leaves, decisions, target, policy.balance)
+    recipes = choose(leaves, decisions, sharing)
     packed = once(_quantize, decisions, tracked(leaves, "quantizing", progress), recipes)
     errors = {how.path: error for how, (_, error) in zip(decisions, packed, strict=True) if error}
     return treedef.unflatten([leaf for leaf, _ in packed]), errors
@@ -165,12 +172,12 @@ def btc_allocate(
         >>> [(rule.pattern, rule.order) for rule in btc_jax.btc_allocate(params, bits=4).rules]
         [('re:kernel', 'output-major')]
     """
-    target = target_of(**goal)
-    policy = one_policy(codec, policy, target)
+    sharing = sharing_of(**goal)
+    policy = one_policy(codec, policy, sharing)
     leaves, decisions, _ = decide(params, policy)
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
-    choices = choose(leaves, decisions, target, policy.balance)
+    choices = choose(leaves, decisions, sharing)
     rules = [_rule(how, choice) for how, choice in zip(decisions, choices, strict=True) if choice]
     return dataclasses.replace(policy, rules=tuple(rules), names=())
 
@@ -199,7 +206,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
                 f"{how.path} is traced, and {how.codec!r} adapts to a target; share out the bits outside, and pass the "
                 "result: policy=btc_allocate(params, bits=4.5)"
             )
-    choices = choose(leaves, decisions, None, policy.balance)
+    choices = choose(leaves, decisions, Sharing())
     return btc_dequantize(treedef.unflatten(once(_reconstruct, decisions, leaves, choices)))
 
 
@@ -225,9 +232,7 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
     return leaves, tie(leaves, decisions), treedef
 
 
-def choose(
-    leaves: Sequence[Any], decisions: Sequence[Decision], target: Target | None, balance: float
-) -> list[Recipe | None]:
+def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharing) -> list[Recipe | None]:
     """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
 
     Args:
@@ -238,20 +243,16 @@ def choose(
             check_order(how.order, leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
     taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
-    adaptive = [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
-    if target is None and adaptive:
-        target, shared = usual_target([how.codec for _, how in adaptive if how.codec]), adaptive
-    else:
-        shared = taken if target else []
+    shared = taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
     beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
     found = {}
-    if target and target.named and not taken:
+    if sharing.target and not taken:
         raise ArgumentError(
-            target.kind,
+            sharing.target.kind,
             "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
         )
-    if target and shared:
-        choices = allocate([_item(*pair) for pair in shared], target, balance=balance, nbytes_beside=beside)
+    if shared:
+        choices = allocate([_item(*pair) for pair in shared], sharing, nbytes_beside=beside)
         found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
     return [how.codec and (found.get(how.tied_to or how.path) or _plain(how.codec, how.order)) for how in decisions]
 
@@ -263,12 +264,14 @@ def leaf_nbytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0
 
 
-def one_policy(codec: Codec | None, policy: Policy | None, target: Target | None = None) -> Policy:
+def one_policy(codec: Codec | None, policy: Policy | None, sharing: Sharing | None = None) -> Policy:
     """The policy that the arguments `codec`, `policy` and the target stand for, with a codec."""
     if codec is not None and policy is not None:
         raise BTCPolicyError("both codec and policy are given; put the codec into the policy: Policy(codec, ...)")
     policy = policy or Policy(codec)
-    return policy if policy.codec else dataclasses.replace(policy, codec=implied_codec(target is not None))
+    return (
+        policy if policy.codec else dataclasses.replace(policy, codec=implied_codec(bool(sharing and sharing.target)))
+    )
 
 
 def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
@@ -281,7 +284,7 @@ def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
 
 def _item(leaf: Any, how: Decision) -> Item:
     assert how.codec is not None
-    return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
+    return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight, how.stack)
 
 
 def _plain(codec: Codec, order: Any) -> Recipe:

@@ -87,7 +87,7 @@ def plan(
 
     policy, _ = how.policy_and_bytes(source)
     with progress("measuring", None if measure else 0):
-        found = plan_file(source, policy=policy, measure=measure, **how.targets)
+        found = plan_file(source, policy=policy, measure=measure, **how.goal)
     rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
     vague = found.target is not None and found.bytes_min < found.bytes_max
     hint = [] if not vague else ["--measure reads the values, and tells the size of each leaf exactly."]
@@ -126,7 +126,7 @@ def quantize(
     with progress(
         "quantizing", total, "sharing out bits" if how.target or (policy.codec and policy.codec.adaptive) else ""
     ) as on_leaf:
-        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **how.targets)
+        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **how.goal)
     ratio = done.bytes_before / max(done.bytes_after, 1)
     resumed = f" ({done.resumed} by an earlier run)" if done.resumed else ""
     show(

@@ -6,6 +6,7 @@ from functools import singledispatch
 from btc_jax._errors import ArgumentError, ConflictingArgumentsError, LeafError
 from btc_jax.checkpoint.errors import BTCNotCompressedError
 from btc_jax.policy import NotFloatingError, NothingPackedError
+from btc_jax.policy.decide import NOT_SMALLER
 from btc_jax.stream.plan import CompressedSourceError
 
 _OPTIONS = {"sqnr_db": "sqnr"}
@@ -55,7 +56,10 @@ def _(error: NotFloatingError) -> str:
 
 @at_a_prompt.register
 def _(error: NothingPackedError) -> str:
-    small, rule = error.reason == "too small", f"--rule '{error.pattern}=packed' packs such a leaf all the same"
+    small, rule = (
+        error.reason in ("too small", NOT_SMALLER),
+        f"--rule '{error.pattern}=packed' packs such a leaf all the same",
+    )
     way = "--min-size 0 packs small leaves as well" if small else rule if error.pattern else "name another file"
     return f"{error.problem}; {way}; `btc plan` shows each reason"
 

@@ -11,9 +11,6 @@ import typer
 if TYPE_CHECKING:
     import btc_jax.allocate
 
-MIN_SIZE, BALANCE = 4096, 0.0
-"""Defaults of `Policy`."""
-
 OWN = {"uniform": ("low_bits", "high_bits", "threshold", "header_dtype"), "multilevel": ("width", "effort")}
 """Options that only one codec has."""
 
@@ -59,9 +56,14 @@ class How:
     effort: Annotated[
         str | None, _option("fast|exhaustive", "multilevel: how much is tried for each block [fast].")
     ] = None
-    balance: Annotated[
-        float | None,
-        _option("P", f"0 for the least error in all, 2 for the least of each leaf by itself [{BALANCE}]."),
+    sensitivity: Annotated[
+        str | None,
+        _option(
+            "FILE|shape|equal",
+            "How much errors of each leaf move the answers: a file that btc_jax.save wrote of what btc_sensitivity "
+            "returned; shape: estimated from shapes and scales; equal: the least error of the weights [shape; with "
+            "--rmse and --sqnr: equal].",
+        ),
     ] = None
     rule: Annotated[
         list[str] | None,
@@ -72,17 +74,26 @@ class How:
             "first that matches a leaf decides.",
         ),
     ] = None
-    min_size: Annotated[int, _option("N", "Fewest weights of a leaf that is packed without a rule.")] = MIN_SIZE
+    min_size: Annotated[
+        int | None,
+        _option("N", "Fewest weights of a leaf that is packed without a rule [as few as make it smaller].", min=0),
+    ] = None
 
     @property
     def target(self) -> "btc_jax.allocate.Target | None":
-        from btc_jax.allocate import target_of
+        from btc_jax.allocate import sharing_of
 
-        return target_of(**self.targets)
+        return sharing_of(**self._targets).target
 
     @property
-    def targets(self) -> dict[str, Any]:
-        """As the library's functions take them."""
+    def goal(self) -> dict[str, Any]:
+        """As the library's functions take it."""
+        word = self.sensitivity
+        known = word if word is None or word in ("shape", "equal") else _sensitivities(Path(word))
+        return {**self._targets, "sensitivity": known}
+
+    @property
+    def _targets(self) -> dict[str, Any]:
         return {"bits": self.bits, "size": self.size, "rmse": self.rmse, "sqnr_db": self.sqnr}
 
     def policy_and_bytes(self, source: Path) -> tuple["btc_jax.Policy", int]:
@@ -96,8 +107,7 @@ class How:
         rules = tuple(_rule(text, codec) for text in self.rule or ())
         with open_source(source) as opened:
             total = sum(dense_nbytes(leaf.shape, leaf.dtype.name) for leaf in opened.leaves)
-        balance = BALANCE if self.balance is None else self.balance
-        return Policy(codec, rules, min_size=self.min_size, balance=balance), total
+        return Policy(codec, rules, min_size=self.min_size), total
 
     def _codec(self) -> "btc_jax.Codec":
         from btc_jax.codecs import CODECS
@@ -128,7 +138,7 @@ class How:
             remedy = f"leave out --width {self.width}, or use --width leaf" if self.width else of_uniform
             raise ValueError(f"--{name} is a target, and no width of these blocks can change for it; {remedy}")
         weighing = [f"--rule {text!r}" for text in self.rule or () if "=weight:" in text]
-        useless = ["--balance"] * (self.balance is not None) + weighing
+        useless = ["--sensitivity"] * (self.sensitivity is not None) + weighing
         if useless and not codec.adaptive:
             raise ValueError(f"{useless[0]} is for a target; add one, such as --bits 4.5")
 
@@ -175,6 +185,16 @@ def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
     if pattern and how.startswith("weight:"):
         return Rule(pattern, weight=_number(f"--rule {text!r}: weight", how.removeprefix("weight:")))
     raise ValueError(f"--rule {text!r} is not PATTERN=dense, packed, BLOCKSIZE or weight:X, such as '*/head/*=dense'")
+
+
+def _sensitivities(file: Path) -> dict[str, Any]:
+    """The numbers of a file by path."""
+    from btc_jax import open_checkpoint
+
+    if not file.exists():
+        raise ValueError(f"--sensitivity {str(file)!r} is no file, nor 'shape' or 'equal'")
+    with open_checkpoint(file) as checkpoint:
+        return {path: checkpoint.read_numpy(path) for path in checkpoint.records}
 
 
 def _as_it_is(value: Any) -> Any:

@@ -26,7 +26,11 @@ _ALL = range(len(LEVELS))
 
 
 class LeafSet:
-    """LeafSet in the order of their items, each read once.
+    """Leaves in the order of their items, each read once.
+
+    Args:
+        items: the leaves.
+        taps: the orders of some may be those that transform their taps.
 
     Attributes:
         size: weights of each leaf.
@@ -34,10 +38,10 @@ class LeafSet:
         most: bytes of each if every block were as wide as can be.
     """
 
-    def __init__(self, items: Sequence[Item]):
+    def __init__(self, items: Sequence[Item], taps: bool = True):
         self.items = items
         total = sum(item.blocks for item in items)
-        self._surveys = _in_better_order(items, [surveys(item, total) for item in items])
+        self._surveys = _in_better_order(items, [surveys(item, total, taps) for item in items])
         self.size = np.array([item.size for item in items])
         self.scale = np.array([survey.scale for survey in self._surveys])
         self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
@@ -75,7 +79,7 @@ class LeafSet:
 
 
 class _Group:
-    """LeafSet that one codec codes."""
+    """Leaves that one codec codes."""
 
     def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey]):
         self.codec, self.places = codec, places

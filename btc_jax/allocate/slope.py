@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from btc_jax.allocate.leaves import FINE, LeafSet
+from btc_jax.allocate.sharing import Sharing
 from btc_jax.allocate.survey import Item
-from btc_jax.allocate.target import Target
+from btc_jax.allocate.target import Target, usual_target
+from btc_jax.allocate.weights import octaves_of_weights
 from btc_jax.coding import Recipe
 
 _LOWEST, _HIGHEST = -26.0, 6.0
@@ -23,39 +25,39 @@ _SURE = 5.0
 """Standard deviations of the estimate from sampled blocks that are kept free, so that a target is met."""
 
 
-def allocate(items: Sequence[Item], target: Target, *, balance: float, nbytes_beside: int = 0) -> list[Recipe]:
+def allocate(items: Sequence[Item], sharing: Sharing, *, nbytes_beside: int = 0) -> list[Recipe]:
     """A recipe for every item such that all together meet the target from below, with the least error.
 
     Args:
         items: all leaves to be packed; those of codecs that are not adaptive cost what they cost.
-        target: what all together come to.
-        balance: the squared error of a leaf counts `rms ** -balance`: 0 for the least total error, 2 for the least
-            error of each leaf relative to its size.
+        sharing: the target, and how much errors of each leaf count.
         nbytes_beside: bytes of leaves that stay dense, for the target `size`.
 
     Raises:
-        ValueError: the target cannot be reached; the message says what can.
+        ValueError: the target cannot be reached, and the message says what can; or sensitivities are of another tree.
     """
+    target = sharing.target or usual_target([item.codec for item in items])
     target.refuse_fixed(item.codec for item in items)
-    leaves = LeafSet(items)
+    sensitivities = sharing.sensitivities(item.path for item in items)
+    leaves = LeafSet(items, taps=sharing.taps)
     equal = _Problem(leaves, target, np.zeros(len(items)), math.inf, nbytes_beside)
     if target.named:
         equal.refuse_unreachable()
     limit = equal.solve(0) + _STARVED
-    problem = _Problem(leaves, target, _own_octaves(leaves, balance), limit, nbytes_beside)
+    weights = octaves_of_weights(leaves, sensitivities, sharing.sensitivity == "shape")
+    problem = _Problem(leaves, target, _own_octaves(leaves, weights), limit, nbytes_beside)
     octave = problem.solve(FINE, near=problem.solve(0))
     if target.named and problem.excess(octave, FINE) > 1e-9:
         target.refuse(*problem.reach(FINE))
     return leaves.recipes(problem.octaves(octave), FINE)
 
 
-def _own_octaves(leaves: LeafSet, balance: float) -> np.ndarray:
+def _own_octaves(leaves: LeafSet, weights: np.ndarray) -> np.ndarray:
     """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
     scaled = leaves.scale > 0
-    logs = np.log2(np.where(scaled, leaves.scale, 1))
-    middle = (leaves.size * logs).sum() / max(leaves.size[scaled].sum(), 1)
-    weights = np.array([item.weight for item in leaves.items])
-    return np.where(scaled, (balance - 2) * (logs - middle) - np.log2(weights), 0.0)
+    logs = np.log2(np.where(scaled, leaves.scale, 1)) + weights / 2
+    middle = (leaves.size * logs)[scaled].sum() / max(leaves.size[scaled].sum(), 1)
+    return np.where(scaled, -2 * (logs - middle), 0.0)
 
 
 class _Problem:

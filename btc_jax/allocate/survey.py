@@ -36,6 +36,7 @@ class Item(NamedTuple):
         order: how its weights run through the blocks.
         free: whether the order may be the one that transforms the taps, if that pays.
         weight: how much its squared error counts beside that of others.
+        stack: how many matrices of one shape it holds.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Item(NamedTuple):
     order: Order
     free: bool = False
     weight: float = 1.0
+    stack: int = 1
 
     @property
     def size(self) -> int:
@@ -72,19 +74,20 @@ class Survey(NamedTuple):
 
 
 @off_mesh
-def surveys(item: Item, total: int) -> list[Survey]:
+def surveys(item: Item, total: int, taps: bool = True) -> list[Survey]:
     """In the order of the item, and in the one that transforms its taps, if that is free.
 
     Args:
         total: blocks of all leaves together.
+        taps: whether any leaf may have that order.
 
     Raises:
         ValueError: a weight is NaN, infinite, or too large to calculate with.
     """
-    taps = with_taps(item.shape, item.order) if item.free and item.codec.adaptive else None
+    transformed = with_taps(item.shape, item.order) if taps and item.free and item.codec.adaptive else None
     leaf = item.read()
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # read once, for both orders
-    orders: list[Order] = [item.order] if taps is None else [item.order, taps]
+    orders: list[Order] = [item.order] if transformed is None else [item.order, transformed]
     return [_survey(item, leaf, order, total) for order in orders]
 
 

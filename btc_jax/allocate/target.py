@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from btc_jax._errors import ArgumentError, ConflictingArgumentsError
 from btc_jax.codecs import Codec
@@ -36,38 +36,17 @@ class Target(NamedTuple):
         raise ArgumentError(self.kind, f"of {self.value:{form}} cannot be reached: {reach}")
 
 
-class Goal(TypedDict, total=False):
-    """A target as keyword arguments, at most one at a time; `target_of` makes the object.
-
-    Attributes:
-        bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
-        size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
-        rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
-            dtype of their leaf.
-        sqnr_db: signal to quantization noise over the packed weights at least, in dB.
-    """
-
-    bits: float | None
-    size: float | str | None
-    rmse: float | None
-    sqnr_db: float | None
-
-
-def target_of(**goal: Unpack[Goal]) -> Target | None:
+def target_of(**targets: float | str | None) -> Target | None:
     """The one target that is given, or `None`.
 
     Raises:
         ValueError: several are given, or one is not a positive number.
-        TypeError: there is no target of that name.
 
     Example:
-        >>> target_of(size="25MB")
+        >>> target_of(bits=None, size="25MB")
         Target(kind='size', value=25000000.0, named=True)
     """
-    for kind in goal.keys() - Goal.__annotations__.keys():
-        known = ", ".join(Goal.__annotations__)
-        raise TypeError(f"unexpected keyword argument {kind!r}; the keywords of targets are {known}")
-    given = {kind: value for kind, value in goal.items() if value is not None}
+    given = {kind: value for kind, value in targets.items() if value is not None}
     if len(given) > 1:
         raise ConflictingArgumentsError(given, "are given; one target decides the others: give one")
     for kind, value in given.items():

@@ -11,10 +11,15 @@ import jax.numpy as jnp
 
 from btc_jax._typing import Order
 from btc_jax.codecs import Codec, Multilevel, Uniform
+from btc_jax.coding import packed_nbytes
 from btc_jax.policy.kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
 from btc_jax.policy.rules import BTCPolicyError, NotFloatingError, Rule, check_order, first_matches, is_number
+from btc_jax.policy.stacks import stacks
 from btc_jax.policy.training import by_path
 
+NOT_SMALLER = "would not become smaller"
+_RECORD = 64
+"""Bytes that a file may say more of a packed leaf than of a dense one: its error, and the length of its codes."""
 _DTYPES = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
 
@@ -54,6 +59,7 @@ class Decision:
         reason: why it is packed, or is not.
         free: the order may become the one that transforms the taps as well, where that pays.
         weight: how much its squared error counts.
+        stack: how many matrices of one shape it holds, such as layers stacked for a scan.
         tied_to: path of the leaf before it that is the same array, and is packed or kept for both; or empty.
     """
 
@@ -63,6 +69,7 @@ class Decision:
     reason: str
     free: bool = False
     weight: float = 1.0
+    stack: int = 1
     tied_to: str = ""
 
 
@@ -70,7 +77,7 @@ class Decision:
 class Policy:
     """Chooses the leaves to quantize: by the first rule whose pattern matches, else by the default.
 
-    The default packs floating leaves of 2 axes or more and 4096 weights or more, except those whose path tells that
+    The default packs floating leaves of 2 axes or more that become smaller by it, except those whose path tells that
     they are not weight matrices: biases, scales and other parameters of norms, statistics, position and rotary tables,
     class and mask tokens, LoRA adapters, and collections of state such as `batch_stats`. It also leaves dense what
     belongs to the training (optimizer states, moving averages, gradients), and what Linen's `WeightNorm` and
@@ -84,13 +91,10 @@ class Policy:
         names: globs for names: the default then packs leaves of these names only, whatever else the names tell, and
             `("*",)` is any. A name is the last key of a path; of one with dots, also what follows the last dot.
         min_axes: fewest axes that the default packs.
-        min_size: fewest weights that the default packs.
+        min_size: fewest weights that the default packs; `None` for as few as make a leaf smaller, its header and what a
+            file says of it counted.
         order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for embeddings
             and for leaves named `weight`, as PyTorch and Equinox have them, and `"output-major"` for all others.
-        taps: where bits are shared out for a target, an order may become the one that transforms the taps of a
-            convolution as well, if that pays.
-        balance: where bits are shared out for a target, the squared error of a leaf counts `rms ** -balance`: 0 for the
-            least total error, 2 for the least error of each leaf relative to its weights.
 
     Raises:
         BTCPolicyError: if an argument is of the wrong kind.
@@ -107,10 +111,8 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     names: tuple[str, ...] | None = None
     min_axes: int = 2
-    min_size: int = 4096
+    min_size: int | None = None
     order: Order | None = None
-    taps: bool = True
-    balance: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.rules, Rule):
@@ -122,8 +124,8 @@ class Policy:
             raise BTCPolicyError(f"codec is {self.codec!r}; it must be a codec such as Uniform(), or None")
         if not all(isinstance(rule, Rule) for rule in self.rules):
             raise BTCPolicyError(f"rules are {self.rules!r}; each must be a Rule(pattern, codec)")
-        if not (is_number(self.balance) and 0 <= self.balance <= 2):
-            raise BTCPolicyError(f"balance is {self.balance!r}; it must be a number from 0 to 2")
+        if self.min_size is not None and not (is_number(self.min_size) and self.min_size >= 0):
+            raise BTCPolicyError(f"min_size is {self.min_size!r}; it must be a number of 0 or more, or None")
         check_order(self.order)
 
     def decide(self, leaves: Sequence[LeafSpec]) -> list[Decision]:
@@ -135,8 +137,11 @@ class Policy:
         paths = [leaf.path for leaf in leaves]
         numbers = first_matches(self.rules, paths)
         rules = (Rule("*", order=self.order), *self.rules)
-        rows = zip(leaves, numbers, _around(leaves, paths), strict=True)
-        decisions = [self._decide(leaf, number, rules[number], why) for leaf, number, why in rows]
+        rows = zip(leaves, numbers, _around(leaves, paths), stacks(paths, [leaf.shape for leaf in leaves]), strict=True)
+        decisions = [
+            dataclasses.replace(self._decide(leaf, number, rules[number], why), stack=stack)
+            for leaf, number, why, stack in rows
+        ]
         if idle := set(range(1, len(self.rules) + 1)) - set(numbers):
             raise BTCPolicyError(self._why_idle(min(idle), paths, numbers))
         return decisions
@@ -153,20 +158,22 @@ class Policy:
             )
         obstacle = obstacle or ("empty" if 0 in leaf.shape else "")
         if not number:
-            obstacle = obstacle or dense or self._not_by_default(leaf)
+            obstacle = obstacle or dense or self._not_by_default(leaf, codec)
         reason = obstacle or (f"rule {number}" if number else "default")
         order: Order = rule.order or self.order or order_of(leaf.path)
-        free = self.taps and not (number and rule.order)
+        free = not (number and rule.order)
         return Decision(leaf.path, None if obstacle else codec, order, reason, free, rule.weight)
 
-    def _not_by_default(self, leaf: LeafSpec) -> str:
+    def _not_by_default(self, leaf: LeafSpec, codec: Codec | None) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""
         kind = kind_of(leaf.path) if self.names is None else "" if self._is_named(leaf) else "not in names"
         if why := collection_of(leaf.path) or kind:
             return why
         if len(leaf.shape) < self.min_axes:
             return f"fewer than {self.min_axes} axes"
-        return "too small" if math.prod(leaf.shape) < self.min_size else ""
+        if self.min_size is not None:
+            return "too small" if math.prod(leaf.shape) < self.min_size else ""
+        return "" if codec is None or _becomes_smaller(leaf, codec) else NOT_SMALLER
 
     def _is_named(self, leaf: LeafSpec) -> bool:
         names = (leaf.name, split_path(leaf.path)[-1])
@@ -190,6 +197,15 @@ def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
     normalized = normalized_by_linen(paths)
     training = zip(by_path(paths), leaves, strict=True)
     return [found or leaf.training or ("normalized" if leaf.path in normalized else "") for found, leaf in training]
+
+
+def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:
+    """Whether packing saves bytes, with all blocks as wide as they can be, or for a target as they usually are."""
+    size, form = math.prod(leaf.shape), codec.formats[-1]
+    width = min((i for i, bits in enumerate(form.widths) if codec.adaptive and bits >= codec.usual_bits), default=-1)
+    counts = [0] * len(form.widths)
+    counts[width] = -(-size // form.block_size)
+    return packed_nbytes(form, size, tuple(counts)) + _RECORD < size * leaf.dtype.itemsize
 
 
 def implied_codec(target: bool) -> Codec:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Target
+from btc_jax.allocate import sharing_of
 from btc_jax.codecs import Codec
 from btc_jax.policy import Policy
 from btc_jax.search.record import SearchResult, message_of, status_of
@@ -90,7 +90,7 @@ def btc_search(
     if max_kl is not None and divergence is None:
         raise ValueError(f"max_kl is {max_kl}, and there is no divergence function to measure it; give divergence")
     ends = None if bits is None else _ends(bits, tolerance)
-    policy = one_policy(codec, policy, ends and Target("bits", ends[1]))
+    policy = one_policy(codec, policy, sharing_of(bits=ends and ends[1]))
     if not ends and policy.codec and policy.codec.adaptive:
         raise ValueError(f"{policy.codec!r} takes the bits it is given, whatever its blocks; search bits=(3, 6), say")
     policies = [] if ends else _policies(policy, block_sizes)

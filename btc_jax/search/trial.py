@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from btc_jax._typing import PyTree
-from btc_jax.allocate import target_of
+from btc_jax.allocate import sharing_of
 from btc_jax.codecs import Codec
 from btc_jax.metrics import TreeMetrics, metrics_of
 from btc_jax.policy import Policy
@@ -108,7 +108,7 @@ class Judge:
     def try_(self, policy: Policy, bits: float | None = None) -> Tried:
         start = time.perf_counter()
         assert policy.codec, "one_policy comes first"
-        tree, errors = quantized(self.params, policy, target_of(bits=bits))
+        tree, errors = quantized(self.params, policy, sharing_of(bits=bits))
         metrics = metrics_of(self.params, tree, policy, errors)
         accuracy, trouble = accuracy_of(self.evaluate, tree)
         kl, more = (None, "") if trouble else _divergence_of(self.divergence, tree)

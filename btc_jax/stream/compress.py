@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Unpack
 
-from btc_jax.allocate import Goal, target_of
+from btc_jax.allocate import Goal, sharing_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
 from btc_jax.checkpoint.manifest import ERRORS, LeafRecord, error_of_list
@@ -75,7 +75,7 @@ def compress_file(
         source: a safetensors file, a folder with a `*.safetensors.index.json`, a `.npz`, a Flax `.msgpack`, or an
             Orbax checkpoint folder; see `btc_jax.sources`.
         target: the file to write.
-        codec, policy, bits, rmse, sqnr_db: as for `btc_quantize`.
+        codec, policy, bits, rmse, sqnr_db, sensitivity, taps: as for `btc_quantize`.
         size: bytes of all that is written at most, with dense leaves and the headers of the files.
         max_shard_bytes: as for `save`.
         on_leaf: called after each leaf with its path and its bytes in the source.
@@ -86,19 +86,19 @@ def compress_file(
         BTCPolicyError: a rule fits no leaf, or none is packed.
         OSError: the target could not be written.
     """
-    start, target, aim = perf_counter(), real_path(target), target_of(**goal)
+    start, target, sharing = perf_counter(), real_path(target), sharing_of(**goal)
     check_target(target, max_shard_bytes)
     with open_source(source) as opened:
         refuse_source(target, opened.files)
         fingerprint = opened.fingerprint()
-        tree, policy = nested(opened), one_policy(codec, policy, aim)
+        tree, policy = nested(opened), one_policy(codec, policy, sharing)
         leaves, decisions, _ = decide(tree, policy)
         refuse_nothing_to_do(leaves, decisions)
         lazy = lazy_leaves(opened, leaves, decisions)
         node = describe(tree, [how.path for how in decisions])
         _refuse_unreadable(target, node, lazy, decisions, max_shard_bytes)
         with Parts(target) as parts:
-            choices = choices_of(lazy, decisions, policy, aim, tree, target if max_shard_bytes else None)
+            choices = choices_of(lazy, decisions, sharing, tree, target if max_shard_bytes else None)
             parts.open(_identity(fingerprint, decisions, choices))
             resumed = sum(_finish(parts, i, *pair, on_leaf) for i, pair in enumerate(zip(lazy, choices, strict=True)))
             if opened.fingerprint() != fingerprint:

@@ -13,7 +13,7 @@ import numpy as np
 
 from btc_jax._errors import Remedied
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Goal, Target, target_of
+from btc_jax.allocate import Goal, Sharing, sharing_of
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.plan import Plan, plan_of
@@ -41,14 +41,14 @@ def plan_file(
         ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
         BTCPolicyError: a rule fits no leaf.
     """
-    target = target_of(**goal)
+    sharing = sharing_of(**goal)
     with open_source(source) as opened:
-        tree, policy = nested(opened), one_policy(codec, policy, target)
+        tree, policy = nested(opened), one_policy(codec, policy, sharing)
         leaves, decisions, _ = decide(tree, policy)
         if not measure:
-            return plan_of(leaves, decisions, [None] * len(leaves), target)
+            return plan_of(leaves, decisions, [None] * len(leaves), sharing.target)
         lazy = lazy_leaves(opened, leaves, decisions)
-        return plan_of(lazy, decisions, choices_of(lazy, decisions, policy, target, tree), target)
+        return plan_of(lazy, decisions, choices_of(lazy, decisions, sharing, tree), sharing.target)
 
 
 class CompressedSourceError(Remedied):
@@ -112,17 +112,16 @@ def lazy_leaves(source: Source, leaves: Sequence[Any], decisions: Sequence[Decis
 def choices_of(
     leaves: Sequence[LazyLeaf],
     decisions: Sequence[Decision],
-    policy: Policy,
-    target: Target | None,
+    sharing: Sharing,
     tree: PyTree,
     shards_of: Path | None = None,
 ) -> list[Recipe | None]:
     """As `choose`; for a target of size the headers of the files count as one more dense leaf."""
-    if target is None or target.kind != "size":
-        return choose(leaves, decisions, target, policy.balance)
+    if sharing.target is None or sharing.target.kind != "size":
+        return choose(leaves, decisions, sharing)
     header = SimpleNamespace(nbytes=container_nbytes(tree, leaves, decisions, shards_of))
     beside = Decision("the header of the file", None, "stored", "header")
-    return choose([*leaves, header], [*decisions, beside], target, policy.balance)[:-1]
+    return choose([*leaves, header], [*decisions, beside], sharing)[:-1]
 
 
 def _trim_heap() -> None:
