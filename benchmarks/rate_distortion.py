@@ -8,7 +8,6 @@ writes a JSON file and a figure. Other quantizers take part where they are insta
 pip install "btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder, for the next run.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,9 +48,9 @@ def ours(weights: WeightSet) -> Iterator[Row]:
         yield coded(weights, everything(Uniform(size, threshold=threshold)), names)
     for name, (codec, budgets) in MULTILEVEL.items():
         for bits in budgets:
+            names = {"name": f"{name} {bits:g}", "family": name}
             # Total error, as the figure and the table measure it.
-            policy = dataclasses.replace(everything(codec), balance=0.0)
-            yield coded(weights, policy, {"name": f"{name} {bits:g}", "family": name}, bits=bits)
+            yield coded(weights, everything(codec), names, bits=bits, sensitivity="equal")
 
 
 def coded(weights: WeightSet, policy: Policy, names: dict[str, str], **target: Any) -> Row:

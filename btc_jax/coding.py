@@ -23,8 +23,7 @@ from btc_jax.blocks import blocks_of, join, spare_of, tap_sizes
 from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves, Setting
 from btc_jax.codecs.statistics import on_host, statistics_of, whole
 from btc_jax.formats import Format
-from btc_jax.planes import plane_specs, row_layout
-from btc_jax.seal import SEAL
+from btc_jax.planes import plane_specs
 from btc_jax.tiles import Blocks, blocks_in, results
 
 _ONE = Leaves()
@@ -134,27 +133,6 @@ def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
     for tile in encoded(blocks, recipe, setting, np.float32(1)):
         counts += np.bincount(np.asarray(tile.widths), minlength=9)
     return tuple(counts[list(recipe.form.widths)].tolist())
-
-
-def packed_nbytes(form: Format, size: int, counts: tuple[int, ...]) -> int:
-    """Bytes that `size` weights take if `counts[i]` of their blocks are `form.widths[i]` bits wide."""
-    of_block = nbytes_by_width(form)
-    payload = sum(count * of_block[width] for count, width in zip(counts, form.widths, strict=True))
-    return payload + header_nbytes(form, size)
-
-
-def header_nbytes(form: Format, size: int) -> int:
-    """Bytes of what `size` weights store besides their codes."""
-    header = form.stored_header(-(-size // form.block_size)).values()
-    return sum(math.prod(array.shape) * array.dtype.itemsize for array in header) + SEAL.nbytes
-
-
-@functools.lru_cache
-def nbytes_by_width(form: Format) -> tuple[int, ...]:
-    """Bytes of the codes of a block of 0 to 8 bits."""
-    specs = plane_specs(form.widths)
-    rows = [(spec.end, row_layout(form.block_size, spec.bits).nbytes) for spec in specs]
-    return tuple(sum(nbytes for end, nbytes in rows if width >= end) for width in range(9))
 
 
 def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:

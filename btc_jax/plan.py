@@ -11,9 +11,10 @@ from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Target, sharing_of, usual_target
 from btc_jax.codecs import Codec
-from btc_jax.coding import Recipe, count_widths, packed_nbytes
+from btc_jax.coding import Recipe, count_widths
 from btc_jax.formats import Format
 from btc_jax.policy import Decision, Policy
+from btc_jax.sizes import nbytes_of_one_width, packed_nbytes
 from btc_jax.tensor import is_packed
 from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
 
@@ -214,12 +215,5 @@ def _packed_range(leaf: Any, codec: Codec, choice: Recipe | None) -> tuple[int, 
     if choice:
         exact = packed_nbytes(choice.form, size, count_widths(leaf, choice))
         return exact, exact
-    ends = [packed_nbytes(form, size, _all_at(form, end, size)) for form in codec.formats for end in (0, -1)]
+    ends = [nbytes_of_one_width(form, size, form.widths[end]) for form in codec.formats for end in (0, -1)]
     return min(ends), max(ends)
-
-
-def _all_at(form: Format, end: int, size: int) -> tuple[int, ...]:
-    """Numbers of blocks by width, if all have the narrowest, 0, or the widest, -1."""
-    counts = [0] * len(form.widths)
-    counts[end] = -(-size // form.block_size)
-    return tuple(counts)

@@ -86,22 +86,26 @@ def btc_sensitivity(
         >>> bool(found["a"] > 20 * found["b"])
         True
     """
+    if head not in (None, *get_args(Head)):
+        raise ValueError(f"head is {head!r}; it can be {', '.join(map(repr, get_args(Head)))}")
     paths, leaves, treedef = flatten(params)
-    if packed := [path for path, leaf in zip(paths, leaves, strict=True) if is_packed(leaf)]:
-        raise ValueError(f"{packed[0]} is packed, and has no gradient; measure the float tree, or btc_dequantize(tree)")
-    first = first_paths(dict(zip(paths, leaves, strict=True)))
     values = dict(zip(paths, leaves, strict=True))
+    first = first_paths(values)
     moving = {path: leaf for path, leaf in values.items() if first[path] == path and _is_floating(leaf)}
-    if not moving:
-        raise ValueError("the tree has no floating leaf; pass the parameters of a model")
+    _refuse_tree(values, moving)
 
     def answer(moved: dict[str, Any], examples: PyTree) -> Any:
         return apply(treedef.unflatten([moved.get(first[path], values[path]) for path in paths]), examples)
 
     draws, answers = jax.random.split(jax.random.key(seed))
     inputs = _inputs(inputs, vocabulary, draws)
+    examples = count_examples(inputs)
+    if examples < 1 or batch_size < 1:
+        raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
     head = _head(answer, moving, inputs, head)
-    squares = _mean_squares(answer, moving, inputs, head, batch_size, answers, progress)
+    # Gradients of a loss of the user's do not cancel in the sum over a batch.
+    batch = 1 if head == "loss" else min(batch_size, examples)
+    squares = _mean_squares(answer, moving, inputs, head, range(0, examples - batch + 1, batch), answers, progress)
     return treedef.unflatten([np.float32(squares.get(first[path], 0.0)) for path in paths])
 
 
@@ -110,31 +114,31 @@ def _mean_squares(
     moving: dict[str, Any],
     inputs: PyTree,
     head: Head,
-    batch_size: int,
+    starts: range,
     key: jax.Array,
     progress: bool,
 ) -> dict[str, float]:
-    examples = count_examples(inputs)
-    # Gradients of a loss of the user's do not cancel in the sum over a batch.
-    batch = 1 if head == "loss" else min(batch_size, examples)
-    if batch < 1:
-        raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
-
-    @jax.jit
-    def step(moving: dict[str, Any], examples: PyTree, key: jax.Array) -> dict[str, jax.Array]:
-        gradients = jax.grad(lambda moved: _loss(answer(moved, examples), head, key))(moving)
-        return {path: jnp.mean(jnp.square(g.astype(jnp.float32))) for path, g in gradients.items()}
-
-    starts = range(0, examples - batch + 1, batch)
+    """The mean over examples, in batches that begin at `starts`; a last one that is not full is left out."""
+    step = jax.jit(squares_of(answer, head))
     total = dict.fromkeys(moving, 0.0)
     for start in tracked(starts, "measuring sensitivities", progress):
-        found = step(moving, batch_of(inputs, start, batch), jax.random.fold_in(key, start))
+        found = step(moving, batch_of(inputs, start, starts.step), jax.random.fold_in(key, start))
         for path, square in jax.device_get(found).items():
-            total[path] += float(square) / (len(starts) * batch)
+            total[path] += float(square) / (len(starts) * starts.step)
     for path, square in total.items():
         if not np.isfinite(square):
             raise LeafError(path, "the gradient holds NaN or infinity for these inputs; try others, or float32 weights")
     return total
+
+
+def squares_of(answer: Callable[..., Any], head: Head) -> Callable[..., dict[str, jax.Array]]:
+    """A function of leaves, inputs and a key: the mean square of the gradient of each leaf."""
+
+    def squares(moving: dict[str, Any], examples: PyTree, key: jax.Array) -> dict[str, jax.Array]:
+        gradients = jax.grad(lambda moved: _loss(answer(moved, examples), head, key))(moving)
+        return {path: jnp.mean(jnp.square(gradient.astype(jnp.float32))) for path, gradient in gradients.items()}
+
+    return squares
 
 
 def _loss(outputs: jax.Array, head: Head, key: jax.Array) -> jax.Array:
@@ -153,6 +157,13 @@ def _loss(outputs: jax.Array, head: Head, key: jax.Array) -> jax.Array:
     chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[..., None], axis=-1)
     # An answer is a token: the squares of all positions of a text add up, and are to be averaged.
     return -chosen.sum() / np.sqrt(outputs.shape[1] if head == "next-token" else 1).astype(np.float32)
+
+
+def _refuse_tree(values: dict[str, Any], moving: dict[str, Any]) -> None:
+    if packed := [path for path, leaf in values.items() if is_packed(leaf)]:
+        raise ValueError(f"{packed[0]} is packed, and has no gradient; measure the float tree, or btc_dequantize(tree)")
+    if not moving:
+        raise ValueError("the tree has no floating leaf; pass the parameters of a model")
 
 
 def _inputs(inputs: PyTree, vocabulary: int | None, key: jax.Array) -> PyTree:
@@ -183,8 +194,6 @@ def _head(answer: Callable[..., Any], moving: dict[str, Any], inputs: PyTree, he
     Raises:
         ValueError: the inputs do not fit the function, or its outputs fit no head.
     """
-    if head is not None and head not in get_args(Head):
-        raise ValueError(f"head is {head!r}; it can be {', '.join(map(repr, get_args(Head)))}")
     examples = batch_of(inputs, 0, 1)
     try:
         outputs = jax.eval_shape(answer, moving, examples)

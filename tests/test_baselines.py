@@ -174,9 +174,9 @@ def test_only_leaves_that_the_policy_takes_are_changed():
 
 
 def test_without_a_policy_the_default_decides():
-    tree = {"kernel": weights((64, 64)), "small": {"kernel": weights((8, 8))}}
+    tree = {"kernel": weights((64, 64)), "small": {"kernel": weights((4, 4))}}
     _, metrics = apply_baseline(tree, uniform8())
-    assert [leaf.reason for leaf in metrics.leaves] == ["default", "too small"]
+    assert [leaf.reason for leaf in metrics.leaves] == ["default", "would not become smaller"]
     assert metrics.total.weights == 4096
 
 

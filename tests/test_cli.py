@@ -22,7 +22,7 @@ import btc_jax
 from btc_jax import _progress
 from btc_jax.compare import compare, open_side
 from btc_jax_cli import commands, console
-from btc_jax_cli.options import BALANCE, MIN_SIZE, shard_bytes
+from btc_jax_cli.options import shard_bytes
 
 RNG = np.random.default_rng(0)
 
@@ -91,7 +91,7 @@ class TestPlan:
         rows = {line.split()[0]: line for line in out.splitlines()[3:-2]}
         assert (code, err) == (0, "")
         assert "uniform 64" in rows["head.weight"]
-        assert "too small" in rows["conv.weight"]
+        assert "uniform 64" in rows["conv.weight"]
         assert "integer" in rows["steps"]
 
     def test_json_is_the_plan(self, source):
@@ -127,7 +127,7 @@ class TestPlan:
             btc("quantize", tmp_path / "x.safetensors", tmp_path / "y.safetensors", "--rule", "ema*weight=packed")[0]
             == 0
         )
-        save_file({"fc.weight": np.ones((8, 8), np.float32)}, tmp_path / "small.safetensors")
+        save_file({"fc.weight": np.ones((3, 3), np.float32)}, tmp_path / "small.safetensors")
         text = refused("quantize", tmp_path / "small.safetensors", tmp_path / "z.safetensors")
         assert "--min-size 0" in text
         assert "Policy" not in text
@@ -150,7 +150,7 @@ class TestQuantize:
     def test_sums_up_in_one_line(self, source, tmp_path):
         code, out, err = btc("quantize", source, tmp_path / "x.btc")
         assert (code, err, out.count("\n")) == (0, "", 1)
-        assert "1 of 4 leaves packed" in out
+        assert "2 of 4 leaves packed" in out
 
     def test_replaces_only_when_told(self, source, tmp_path):
         target = tmp_path / "x.btc"
@@ -238,14 +238,17 @@ class TestTargets:
         assert 6 < done["effective_bits"] <= 6.5
         assert {leaf["codec"]["id"] for leaf in packed} == {"uniform"}
 
-    def test_rules_and_balance_share_the_bits_out(self, source, tmp_path):
+    def test_rules_and_sensitivities_share_the_bits_out(self, source, tmp_path):
         def bits_of_head(*options):
             _, packed = self.made(source, tmp_path / "x.btc", "--bits", 4.5, *options)
             return {leaf["path"]: leaf["effective_bits"] for leaf in packed}["head.weight"]
 
         usual = bits_of_head()
         assert bits_of_head("--rule", "head*=weight:16") > usual + 0.05
-        assert bits_of_head("--balance", 2) == pytest.approx(usual, abs=0.2)
+        assert bits_of_head("--sensitivity", "shape") == usual
+        paths = [row["path"] for row in as_json("plan", source)["leaves"]]
+        btc_jax.save(tmp_path / "s", {path: np.float32(16 if path == "head.weight" else 1) for path in paths})
+        assert bits_of_head("--sensitivity", tmp_path / "s") > bits_of_head("--sensitivity", "equal") + 0.05
 
     def test_a_measured_plan_is_exact(self, source, tmp_path):
         options = ("--min-size", 1000, "--bits", 4.5)
@@ -263,7 +266,7 @@ class TestTargets:
     def test_says_what_came_of_it(self, source, tmp_path):
         code, out, err = btc("quantize", source, tmp_path / "x.btc", "--bits", 4)
         assert (code, err, out.count("\n")) == (0, "", 1)
-        assert re.search(r"1 of 4 leaves packed at (3\.9\d\d|4\.000) bits, \d\d\.\d\d dB, ", out)
+        assert re.search(r"2 of 4 leaves packed at (3\.9\d\d|4\.000) bits, \d\d\.\d\d dB, ", out)
 
 
 class TestInspect:
@@ -434,8 +437,9 @@ def wrong_options():
     yield "--bits is a target", ("--codec", "uniform", "--bits", "5")
     yield "add --threshold auto", ("--codec", "uniform", "--sqnr", "30")
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
-    yield "--balance is for a target", ("--balance", "1")
-    yield "balance is 3.0", ("--balance", "3", "--bits", "4")
+    yield "--sensitivity is for a target", ("--sensitivity", "equal")
+    yield "--sensitivity 'none.safetensors' is no file, nor", ("--sensitivity", "none.safetensors", "--bits", "4")
+    yield "--sensitivity is given with rmse", ("--sensitivity", "shape", "--rmse", "0.1")
     yield "--width '9' is not 'leaf', nor a width", ("--width", "9", "--bits", "4")
     yield "--width 'all' is not 'leaf'", ("--width", "all", "--codec", "multilevel")
     yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")
@@ -585,10 +589,6 @@ class TestHelp:
         assert "Exit codes: 0" in out
         assert f"  btc {command or 'plan'} " in out
         assert max(map(len, out.splitlines())) <= 80
-
-    def test_defaults_are_those_of_the_library(self):
-        policy = btc_jax.Policy()
-        assert (policy.min_size, policy.balance) == (MIN_SIZE, BALANCE)
 
     def test_without_arguments(self):
         assert btc()[1] == btc("--help")[1]

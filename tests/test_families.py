@@ -258,7 +258,7 @@ PENZAI = {
 BERT = {
     "embeddings.word_embeddings.weight": ((V, D), STORED),
     "embeddings.position_embeddings.weight": ((V, D), "position table"),
-    "embeddings.token_type_embeddings.weight": ((2, D), "too small"),
+    "embeddings.token_type_embeddings.weight": ((2, D), STORED),
     "embeddings.LayerNorm.weight": ((D,), "norm"),
     "encoder.layer.0.attention.self.query.weight": ((D, D), STORED),
     "encoder.layer.0.attention.self.query.bias": ((D,), "bias"),

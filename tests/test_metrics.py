@@ -195,7 +195,7 @@ def test_dense_leaves_are_listed_with_their_reasons():
         "kernel": "default",
         "packed": "already quantized",
         "rate": "not an array",
-        "small/kernel": "too small",
+        "small/kernel": "would not become smaller",
         "steps": "integer",
     }
     assert [leaf.path for leaf in metrics.leaves if leaf.measures] == ["kernel"]

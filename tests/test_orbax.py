@@ -121,7 +121,7 @@ class TestDevices:
 
     @pytest.fixture
     def packed(self):
-        return btc_quantize({"kernel": kernel(), "table": jnp.ones((16, 3))})
+        return btc_quantize({"kernel": kernel(), "table": jnp.ones(16)})
 
     def test_another_device(self, tmp_path, packed):
         device = jax.devices()[5]

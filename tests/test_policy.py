@@ -101,7 +101,7 @@ def test_default_takes_the_kernels_and_embeddings_of_linen_params():
         "Conv_0/bias": "bias",
         "Conv_0/kernel": "default",
         "Dense_0/bias": "bias",
-        "Dense_0/kernel": "too small",
+        "Dense_0/kernel": "default",
         "Embed_0/embedding": "default",
     }
 
@@ -126,7 +126,7 @@ def test_nnx_paths_end_with_the_layer_and_not_with_value():
         "layers/0/bias": "bias",
         "layers/0/kernel": "default",
         "layers/1/bias": "bias",
-        "layers/1/kernel": "too small",
+        "layers/1/kernel": "default",
         "norm/bias": "bias",
         "norm/mean": "statistics",
         "norm/scale": "norm",
@@ -140,7 +140,7 @@ def test_nnx_state_with_the_random_keys_of_dropout():
     assert found["dropout/rngs/count"] == "integer"
     assert "key" in found["dropout/rngs/key"]
     leaves = btc_metrics(state, btc_quantize(state)).leaves
-    assert {leaf.path for leaf in leaves if leaf.measures} == {"embed/embedding", "layers/0/kernel"}
+    assert {leaf.path for leaf in leaves if leaf.measures} == {"embed/embedding", "layers/0/kernel", "layers/1/kernel"}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,9 @@ def test_an_item_of_a_list_has_no_name_and_is_decided_by_its_axes():
         ("a/kernel", (64, 64), "float16", "default"),
         ("a/kernel", (4096,), "float32", "fewer than 2 axes"),
         ("a/kernel", (), "float32", "fewer than 2 axes"),
-        ("a/kernel", (63, 65), "float32", "too small"),
+        ("a/kernel", (8, 8), "float32", "default"),
+        ("a/kernel", (3, 3), "float32", "would not become smaller"),
+        ("a/kernel", (8, 8), "bfloat16", "would not become smaller"),
         ("a/kernel", (0, 64), "float32", "empty"),
         ("a/kernel", (2**20, 2**20), "float32", "default"),
         ("a/bias", (64, 64), "float32", "bias"),
@@ -364,7 +366,7 @@ def test_a_policy_that_takes_nothing_lists_the_reasons():
     tree = {"bias": np.zeros(8, np.float32), "kernel": np.zeros((2, 2), np.float32), "steps": np.arange(3)}
     with pytest.raises(BTCPolicyError) as caught:
         btc_quantize(tree)
-    for part in ("3", "bias", "too small", "integer", "Policy(min_size=0)"):
+    for part in ("3", "bias", "would not become smaller", "integer", "Policy(min_size=0)"):
         assert part in str(caught.value)
 
 
@@ -470,7 +472,11 @@ def test_remedies_for_a_tree_of_which_nothing_is_packed_work(tree, policy, remed
     with pytest.raises(BTCPolicyError) as caught:
         btc_quantize(tree, policy=policy)
     named = (
-        f"Rule({remedy.rules[0].pattern!r})" if remedy.rules else "min_size=0" if not remedy.min_size else "names=None"
+        f"Rule({remedy.rules[0].pattern!r})"
+        if remedy.rules
+        else "names=None"
+        if remedy.min_size is None
+        else "min_size=0"
     )
     assert named in str(caught.value)
     assert any(map(is_packed, jax.tree.leaves(btc_quantize(tree, policy=remedy), is_leaf=is_packed)))

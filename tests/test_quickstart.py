@@ -68,7 +68,8 @@ def test_bits_and_bytes_add_up(kept):
     output, _ = kept
     for name in ROWS:
         payload, header, effective = map(float, row_of(output, name)[4:7])
-        assert effective == pytest.approx(payload + header, abs=2e-3)
+        # The rest is seals, and rows that the last blocks of small leaves do not fill.
+        assert payload + header - 2e-3 <= effective <= payload + header + 0.02
     assert float(row_of(output, "absmax4")[6]) == 4.5
 
 

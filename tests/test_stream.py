@@ -429,8 +429,8 @@ def test_taps_are_transformed_where_that_pays_in_pytorchs_layout(tmp_path):
     compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4)
     packed = btc_jax.load(tmp_path / "q.safetensors")
     assert (packed["smooth.weight"].order, packed["rough.weight"].order) == ("stored-taps", "stored")
-    plain = Policy(Multilevel(), names=("*.weight",), taps=False)
-    plan = plan_file(tmp_path / "m.safetensors", policy=plain, bits=4, measure=True)
+    plain = Policy(Multilevel(), names=("*.weight",))
+    plan = plan_file(tmp_path / "m.safetensors", policy=plain, bits=4, taps=False, measure=True)
     assert {row.order for row in plan.rows} == {"stored"}
 
 

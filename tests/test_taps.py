@@ -133,7 +133,7 @@ def test_taps_are_transformed_where_that_pays():
 
 def test_they_save_error_at_equal_bits():
     tree = {"kernel": smooth()}
-    plain = btc_quantize(tree, policy=Policy(Multilevel(), min_size=0, taps=False), bits=4.5)["kernel"]
+    plain = btc_quantize(tree, policy=ANY_SIZE, bits=4.5, taps=False)["kernel"]
     taps = btc_quantize(tree, policy=ANY_SIZE, bits=4.5)["kernel"]
     assert (plain.order, taps.order) == ("output-major", "output-major-taps")
     assert max(plain.nbytes, taps.nbytes) * 8 / plain.size <= 4.5

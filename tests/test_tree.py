@@ -130,7 +130,7 @@ def test_empty_tree():
 
 def test_nothing_to_quantize():
     tree = {"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "step": jnp.int32(0)}
-    with pytest.raises(BTCPolicyError, match=r"all 3 stay dense .*1 x too small.*Policy\(.*btc_plan"):
+    with pytest.raises(BTCPolicyError, match=r"all 3 stay dense .*1 x would not become smaller.*Policy\(.*btc_plan"):
         btc_quantize(tree)
 
 

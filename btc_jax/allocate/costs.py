@@ -12,6 +12,7 @@ from btc_jax.allocate.survey import Survey, stacked
 from btc_jax.codecs import BlockStatistics, Codec, Leaves
 from btc_jax.coding import Recipe
 from btc_jax.formats import Format
+from btc_jax.sizes import header_nbytes, nbytes_by_width
 from btc_jax.tiles import Blocks
 
 
@@ -42,7 +43,7 @@ class Matrix:
         self._share = np.concatenate([sample.share for sample in samples])
         rows = np.concatenate([sample.rows for sample in samples])
         self._blocks = Blocks(rows.reshape(-1), np.concatenate([s.spare for s in samples]), form.block_size)
-        self._header = np.array([coding.header_nbytes(form, int(count)) for count in self._whole.count])
+        self._header = np.array([header_nbytes(form, int(count)) for count in self._whole.count])
         self._scale = self._spread(np.where(self._whole.rms > 0, self._whole.rms, 1))
         self._pairs = _neighbours(samples)
         self._known: dict[bytes, Costs] = {}
@@ -60,7 +61,7 @@ class Matrix:
         tiles = coding.encoded(self._blocks, self._recipe, setting, self._scale)
         widths = np.concatenate([tile.widths for tile in tiles])
         noise = np.concatenate([tile.noise for tile in tiles]).astype(np.float64)
-        nbytes, error = np.array(coding.nbytes_by_width(self._recipe.form), np.float64)[widths], noise
+        nbytes, error = np.array(nbytes_by_width(self._recipe.form), np.float64)[widths], noise
         weights = np.maximum(self._whole.count, 1)
         return Costs(
             self._header + self._leaves.sum(self._share * nbytes),

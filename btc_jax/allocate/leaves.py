@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from btc_jax import coding
 from btc_jax.allocate.costs import Costs, Matrix
 from btc_jax.allocate.survey import LEVELS, Item, Survey, surveys
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.formats import Format
+from btc_jax.sizes import nbytes_of_one_width
 
 _GRAIN = 4096
 """Slopes in an octave, 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
@@ -35,6 +35,7 @@ class LeafSet:
     Attributes:
         size: weights of each leaf.
         scale, rms: see `Survey`.
+        asked: powers of two of the weights that rules give to their errors.
         most: bytes of each if every block were as wide as can be.
     """
 
@@ -43,6 +44,7 @@ class LeafSet:
         total = sum(item.blocks for item in items)
         self._surveys = _in_better_order(items, [surveys(item, total, taps) for item in items])
         self.size = np.array([item.size for item in items])
+        self.asked = np.log2([item.weight for item in items])
         self.scale = np.array([survey.scale for survey in self._surveys])
         self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
         self.most = np.array([_most(item) for item in items])
@@ -129,4 +131,4 @@ def _lagrangian(codec: Codec, form: Format, found: Sequence[Survey]) -> Any:
 
 def _most(item: Item) -> int:
     form = item.codec.formats[-1]
-    return coding.packed_nbytes(form, item.size, (*(0,) * (len(form.widths) - 1), item.blocks))
+    return nbytes_of_one_width(form, item.size, form.widths[-1])

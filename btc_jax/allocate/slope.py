@@ -65,7 +65,7 @@ class _Problem:
 
     Attributes:
         own: how far the slope of each leaf lies above the common one, in powers of two.
-        limit: the largest slope of any leaf.
+        limit: the largest slope of any leaf, before the weights of rules.
     """
 
     def __init__(self, leaves: LeafSet, target: Target, own: np.ndarray, limit: float, nbytes_beside: int):
@@ -73,11 +73,12 @@ class _Problem:
         self.nbytes_beside = nbytes_beside
         self.weights = max(int(leaves.size.sum()), 1)
         self.signal = math.fsum(leaves.size * leaves.rms**2)
-        self.lowest, self.highest = _LOWEST - float(own.max()), _HIGHEST - float(own.min())
+        farthest = own - leaves.asked
+        self.lowest, self.highest = _LOWEST - float(farthest.max()), _HIGHEST - float(farthest.min())
 
     def octaves(self, octave: float) -> np.ndarray:
         """The slope of each leaf over the square of its scale, as a power of two."""
-        return np.minimum(octave + self.own, self.limit)
+        return np.minimum(octave + self.own, self.limit) - self.leaves.asked
 
     def value(self, octave: float, level: int) -> float:
         """What the target is about, at this slope."""

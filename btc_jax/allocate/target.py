@@ -36,7 +36,7 @@ class Target(NamedTuple):
         raise ArgumentError(self.kind, f"of {self.value:{form}} cannot be reached: {reach}")
 
 
-def target_of(**targets: float | str | None) -> Target | None:
+def target_of(**targets: Any) -> Target | None:
     """The one target that is given, or `None`.
 
     Raises:

@@ -20,18 +20,17 @@ _RANGE = 40.0
 
 
 def octaves_of_weights(leaves: LeafSet, sensitivities: Sequence[float] | None, by_shape: bool) -> np.ndarray:
-    """Powers of two, one a leaf.
+    """Powers of two, one a leaf; the weights of rules come on top.
 
     Args:
         sensitivities: measured ones, or `None`.
         by_shape: where none were measured, estimate them; else all errors count the same.
     """
-    own = np.log2([item.weight for item in leaves.items])
     if sensitivities is None and not by_shape:
-        return own
+        return np.zeros(len(leaves.items))
     sizes = leaves.size / [item.stack for item in leaves.items]
     shapes = _OF_SIZE * np.log2(np.maximum(sizes, 1)) + _OF_SCALE * _log2(leaves.scale)
-    return own + (shapes if sensitivities is None else _TRUST * _log2(np.array(sensitivities)) + (1 - _TRUST) * shapes)
+    return shapes if sensitivities is None else _TRUST * _log2(np.array(sensitivities)) + (1 - _TRUST) * shapes
 
 
 def _log2(values: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from btc_jax._typing import Order
 from btc_jax.codecs import Codec, Multilevel, Uniform
-from btc_jax.coding import packed_nbytes
 from btc_jax.policy.kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
 from btc_jax.policy.rules import BTCPolicyError, NotFloatingError, Rule, check_order, first_matches, is_number
 from btc_jax.policy.stacks import stacks
 from btc_jax.policy.training import by_path
+from btc_jax.sizes import nbytes_of_one_width
 
 NOT_SMALLER = "would not become smaller"
 _RECORD = 64
@@ -202,10 +202,9 @@ def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
 def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:
     """Whether packing saves bytes, with all blocks as wide as they can be, or for a target as they usually are."""
     size, form = math.prod(leaf.shape), codec.formats[-1]
-    width = min((i for i, bits in enumerate(form.widths) if codec.adaptive and bits >= codec.usual_bits), default=-1)
-    counts = [0] * len(form.widths)
-    counts[width] = -(-size // form.block_size)
-    return packed_nbytes(form, size, tuple(counts)) + _RECORD < size * leaf.dtype.itemsize
+    usual = codec.usual_bits if codec.adaptive else math.inf
+    width = min((bits for bits in form.widths if bits >= usual), default=form.widths[-1])
+    return nbytes_of_one_width(form, size, width) + _RECORD < size * leaf.dtype.itemsize
 
 
 def implied_codec(target: bool) -> Codec:

@@ -11,9 +11,9 @@ from btc_jax.checkpoint.header import header_of
 from btc_jax.checkpoint.index import SUFFIX, index_text
 from btc_jax.checkpoint.manifest import LeafRecord, Manifest, dense_tensor, error_of_list, packed_tensor
 from btc_jax.checkpoint.structure import describe
-from btc_jax.coding import packed_nbytes
 from btc_jax.formats import Format
 from btc_jax.policy import Decision
+from btc_jax.sizes import nbytes_of_one_width
 from btc_jax.sources import Origin
 
 _CHECKSUM = "0" * 8
@@ -64,5 +64,4 @@ def origin_json(origin: Origin | None) -> dict[str, Any]:
 
 def _most_nbytes(form: Format, weights: int) -> int:
     """Bytes of a packed leaf of which every block has all its bits."""
-    blocks = -(-weights // form.block_size)
-    return packed_nbytes(form, weights, (*(0 for _ in form.widths[1:]), blocks))
+    return nbytes_of_one_width(form, weights, form.widths[-1])
