@@ -1,6 +1,7 @@
 """`btc_sensitivity`: equal to the Fisher information by hand, for every head and kind of tree; bad input is named."""
 
 import io
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,13 +179,14 @@ def test_memory_is_that_of_one_gradient():
 
     step = jax.jit(squares_of(deep, "classification"))
     memory = step.lower(params, np.ones((1, 1024), np.float32), jax.random.key(0)).compile().memory_analysis()
+    assert memory
     assert memory.temp_size_in_bytes < 2.1 * 4 * size
 
 
 class TestErrors:
     PARAMS = {"layer": {"w": np.ones((3, 4), np.float32)}}  # noqa: RUF012
 
-    def refused(self, message, apply=lambda p, x: x @ p["layer"]["w"], inputs=INPUTS, params=None, **options):
+    def refused(self, message, apply=lambda p, x: x @ p["layer"]["w"], inputs: Any = INPUTS, params=None, **options):
         with pytest.raises(ValueError, match=message):
             btc_sensitivity(apply, params or self.PARAMS, inputs, **options)
 
