@@ -6,6 +6,7 @@ Fisher information: the mean square of the gradient of the log-likelihood of ans
 another, so only the diagonal counts, and one number a leaf is enough to share out bits over leaves.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btc_jax._errors import LeafError
+from btc_jax._inputs import Described, drawn, that_fit
 from btc_jax._progress import tracked
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
@@ -30,13 +32,12 @@ _SHAPES = {
     "regression": "[batch, ...]",
     "loss": "[batch]",
 }
-_EXAMPLES = "inputs=jax.ShapeDtypeStruct((64, 32, 32, 3), 'float32') draws 64 random ones"
 
 
 def btc_sensitivity(
     apply: Apply,
     params: PyTree,
-    inputs: PyTree,
+    inputs: PyTree = None,
     *,
     head: Head | None = None,
     vocabulary: int | None = None,
@@ -59,7 +60,8 @@ def btc_sensitivity(
             an example must not depend on the rest of its batch.
         params: the float tree: Linen variables, an NNX state, any pytree.
         inputs: an array, or a pytree of them, with examples along the first axis. A `jax.ShapeDtypeStruct` in place of
-            an array is filled with random numbers: normal ones, or with a vocabulary uniform tokens.
+            an array is filled with random numbers: normal ones, or tokens of the vocabulary. Without any, 64 random
+            ones of the shape that the leaves tell, if they tell: rows of numbers, or texts of 32 tokens.
         head: what `apply` returns. `"classification"` is logits `[batch, classes]`; `"next-token"` logits `[batch,
             length, vocabulary]`, each position an answer; `"regression"` numbers of any shape, whose errors count
             squared, with a variance of 1; and `"loss"` a loss `[batch]` of your own, as of `inputs` that hold labels.
@@ -75,8 +77,9 @@ def btc_sensitivity(
         `save` and `load` keep it in a file.
 
     Raises:
-        ValueError: the outputs fit no head; `apply` does not take the inputs; there are no inputs, or no vocabulary
-            for random tokens; the gradient of a leaf, named by its path, is NaN or infinite; the tree is packed.
+        ValueError: the outputs fit no head; `apply` does not take the inputs; there are no inputs, and none or several
+            shapes fit; there is no vocabulary for random tokens; the gradient of a leaf, named by its path, is NaN or
+            infinite; the tree is packed.
 
     Example:
         >>> import btc_jax, jax, jax.numpy as jnp
@@ -98,7 +101,9 @@ def btc_sensitivity(
         return apply(treedef.unflatten([moved.get(first[path], values[path]) for path in paths]), examples)
 
     draws, answers = jax.random.split(jax.random.key(seed))
-    inputs = _inputs(inputs, vocabulary, draws)
+    if inputs is None:
+        inputs, vocabulary = that_fit(functools.partial(answer, moving), moving, vocabulary)
+    inputs = drawn(Described(inputs, vocabulary), draws)
     examples = count_examples(inputs)
     if examples < 1 or batch_size < 1:
         raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
@@ -164,28 +169,6 @@ def _refuse_tree(values: dict[str, Any], moving: dict[str, Any]) -> None:
         raise ValueError(f"{packed[0]} is packed, and has no gradient; measure the float tree, or btc_dequantize(tree)")
     if not moving:
         raise ValueError("the tree has no floating leaf; pass the parameters of a model")
-
-
-def _inputs(inputs: PyTree, vocabulary: int | None, key: jax.Array) -> PyTree:
-    """The inputs, with random ones in place of shapes."""
-    leaves, treedef = jax.tree.flatten(inputs)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten([_drawn(leaf, vocabulary, key) for leaf, key in zip(leaves, keys, strict=False)])
-
-
-def _drawn(leaf: Any, vocabulary: int | None, key: jax.Array) -> Any:
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return np.asarray(jax.random.normal(key, leaf.shape, leaf.dtype))
-    if not jnp.issubdtype(leaf.dtype, jnp.integer):
-        raise ValueError(f"inputs hold {leaf.dtype} of shape {leaf.shape}, which is not drawn at random; give an array")
-    if vocabulary is None or vocabulary < 1:
-        raise ValueError(
-            f"inputs hold {leaf.dtype} of shape {leaf.shape} to be drawn at random, and vocabulary is {vocabulary}; "
-            "give the number of tokens, such as vocabulary=32000"
-        )
-    return np.asarray(jax.random.randint(key, leaf.shape, 0, vocabulary, leaf.dtype))
 
 
 def _head(answer: Callable[..., Any], moving: dict[str, Any], inputs: PyTree, head: Head | None) -> Head:

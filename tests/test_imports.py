@@ -48,6 +48,7 @@ ROOMS = [
         "metrics",
         "baselines",
         "evaluate",
+        "_inputs",
         "sensitivity",
         "search",
         "report",

@@ -138,6 +138,22 @@ class TestTrees:
         found = btc_sensitivity(lambda p, ids: jnp.asarray(p["t"])[ids] @ p["t"].T, {"t": table}, shape, vocabulary=11)
         assert found["t"] > 0
 
+    def test_inputs_that_the_leaves_tell(self):
+        linear = {"a": {"kernel": np.ones((3, 4), np.float32)}, "b": {"kernel": np.ones((4, 2), np.float32)}}
+        seen = []
+
+        def apply(p, x):
+            seen.append((x.shape[1:], x.dtype.name))
+            return x @ p["a"]["kernel"] @ p["b"]["kernel"]
+
+        assert btc_sensitivity(apply, linear)["a"]["kernel"] >= 0
+        assert seen[-1] == ((3,), "float32")
+        table = {"embed": {"embedding": RNG.standard_normal((11, 3)).astype(np.float32)}}
+        found = btc_sensitivity(
+            lambda p, ids: jnp.asarray(p["embed"]["embedding"])[ids] @ p["embed"]["embedding"].T, table
+        )
+        assert found["embed"]["embedding"] > 0
+
     def test_arrays_and_shapes_together(self):
         def masked(p, inputs):
             return (inputs["x"] * inputs["mask"]) @ p["w"]
@@ -207,7 +223,14 @@ class TestErrors:
     def test_integers_without_a_vocabulary(self):
         self.refused("vocabulary is None; give the number of tokens", inputs=jax.ShapeDtypeStruct((2, 5), jnp.int32))
         shape = jax.ShapeDtypeStruct((2, 5), jnp.bool_)
-        self.refused("bool of shape .* not drawn at random; give an array", inputs=shape)
+        self.refused("inputs hold bool of shape .* which cannot be; give an array", inputs=shape)
+
+    def test_inputs_that_the_leaves_do_not_tell(self):
+        several = {"a": np.ones((3, 4), np.float32), "b": np.ones((4, 3), np.float32)}
+        with pytest.raises(ValueError, match=r"examples of shapes \[3\] and \[4\] all fit .*inputs=jax.ShapeDtypeStr"):
+            btc_sensitivity(lambda p, x: x + p["a"].sum(), several)
+        with pytest.raises(ValueError, match="no shape that was tried fits the model; give its shape"):
+            btc_sensitivity(lambda p, x: x["mask"] @ p["a"], several)
 
     def test_no_inputs(self):
         self.refused("inputs hold no array", inputs={})

@@ -101,6 +101,19 @@ def order_of(path: str) -> Order:
     return "stored" if _EMBEDDING.fullmatch(last) or "weight" in _words(last) else "output-major"
 
 
+def is_embedding(path: str) -> bool:
+    """Whether each row of a leaf is the vector of a token.
+
+    Example:
+        >>> [is_embedding(path) for path in ("embed/embedding", "wte.weight", "fc.weight")]
+        [True, True, False]
+    """
+    parts = [snake(part) for part in _named(path)][-2:]
+    return any(_EMBEDDING.fullmatch(part) for part in parts[-1:]) or (
+        len(parts) > 1 and parts[1] in _OF_TABLE and bool(_EMBEDDING.fullmatch(parts[0]))
+    )
+
+
 def normalized_by_linen(paths: Sequence[str]) -> set[str]:
     """Leaves that `nn.WeightNorm` or `nn.SpectralNorm` normalizes when the model runs.
 
