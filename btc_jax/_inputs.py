@@ -65,8 +65,8 @@ def that_fit(apply: Callable[[PyTree], Any], leaves: Mapping[str, Any], vocabula
     fitting = [found for found in _tried(leaves, vocabulary) if _fits(apply, found.inputs)]
     if len(fitting) == 1:
         return fitting[0]
-    shapes = " and ".join(str(list(found.inputs.shape[1:])) for found in fitting)
-    why = f"examples of shapes {shapes} all fit the model" if fitting else "no shape that was tried fits the model"
+    shapes = " and ".join(str(list(found.inputs.shape[1:])) for found in fitting[:2])
+    why = f"examples of shapes {shapes} both fit the model" if fitting else "no shape that was tried fits the model"
     raise ValueError(f"inputs are not given, and {why}; {REMEDY}")
 
 

@@ -60,9 +60,9 @@ class How:
         str | None,
         _option(
             "FILE|shape|equal",
-            "How much errors of each leaf move the answers: a file that btc_jax.save wrote of what btc_sensitivity "
-            "returned; shape: estimated from shapes and scales; equal: the least error of the weights [shape; with "
-            "--rmse and --sqnr: equal].",
+            "How much errors of each leaf move the answers: a file of what btc_sensitivity returned, written by "
+            "btc_jax.save; shape: estimated from shapes and scales; equal: the least error of the weights [shape; "
+            "with --rmse and --sqnr: equal].",
         ),
     ] = None
     rule: Annotated[
@@ -189,12 +189,12 @@ def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
 
 def _sensitivities(file: Path) -> dict[str, Any]:
     """The numbers of a file by path."""
-    from btc_jax import open_checkpoint
+    from btc_jax.compare import open_side
 
     if not file.exists():
         raise ValueError(f"--sensitivity {str(file)!r} is no file, nor 'shape' or 'equal'")
-    with open_checkpoint(file) as checkpoint:
-        return {path: checkpoint.read_numpy(path) for path in checkpoint.records}
+    with open_side(file) as opened:
+        return {path: opened.read(path) for path in opened.leaves}
 
 
 def _as_it_is(value: Any) -> Any:

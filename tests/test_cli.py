@@ -439,7 +439,7 @@ def wrong_options():
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
     yield "--sensitivity is for a target", ("--sensitivity", "equal")
     yield "--sensitivity 'none.safetensors' is no file, nor", ("--sensitivity", "none.safetensors", "--bits", "4")
-    yield "--sensitivity is given with rmse", ("--sensitivity", "shape", "--rmse", "0.1")
+    yield "--sensitivity shape and --rmse 0.1 are given", ("--sensitivity", "shape", "--rmse", "0.1")
     yield "--width '9' is not 'leaf', nor a width", ("--width", "9", "--bits", "4")
     yield "--width 'all' is not 'leaf'", ("--width", "all", "--codec", "multilevel")
     yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")

@@ -227,7 +227,7 @@ class TestErrors:
 
     def test_inputs_that_the_leaves_do_not_tell(self):
         several = {"a": np.ones((3, 4), np.float32), "b": np.ones((4, 3), np.float32)}
-        with pytest.raises(ValueError, match=r"examples of shapes \[3\] and \[4\] all fit .*inputs=jax.ShapeDtypeStr"):
+        with pytest.raises(ValueError, match=r"examples of shapes \[3\] and \[4\] both fit .*inputs=jax.ShapeDtypeStr"):
             btc_sensitivity(lambda p, x: x + p["a"].sum(), several)
         with pytest.raises(ValueError, match="no shape that was tried fits the model; give its shape"):
             btc_sensitivity(lambda p, x: x["mask"] @ p["a"], several)

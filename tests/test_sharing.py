@@ -170,6 +170,7 @@ def test_taps_can_be_left_out():
         ({"large/kernel": -1.0, "small/kernel": 1.0}, "sensitivity of large/kernel is -1.0"),
         ({"large/kernel": "much", "small/kernel": 1.0}, "sensitivity of large/kernel is 'much'"),
         (TREE, r"sensitivity of large/kernel is an array of shape \(256, 256\)"),
+        (3.0, "sensitivity is 3.0; it can be a tree of numbers"),
         ("fisher", "sensitivity is 'fisher'; it can be a tree of numbers, 'shape' or 'equal'"),
     ],
 )
@@ -180,7 +181,7 @@ def test_sensitivities_that_cannot_be(known, message):
 
 @pytest.mark.parametrize("kind", ["rmse", "sqnr_db"])
 def test_sensitivities_are_not_for_targets_of_the_error(kind):
-    with pytest.raises(ValueError, match=f"sensitivity is given with {kind}.*give bits or size"):
+    with pytest.raises(ValueError, match=f"sensitivity='a tree' and {kind}=1.0 are given.*give bits or size"):
         unchecked(sharing_of)(**{kind: 1.0, "sensitivity": {"a": 1.0}})
     for word in (None, "equal"):
         assert unchecked(sharing_of)(**{kind: 1.0, "sensitivity": word}).sensitivity == "equal"

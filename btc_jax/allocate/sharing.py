@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import jax
 import numpy as np
 
-from btc_jax._errors import ArgumentError
+from btc_jax._errors import ArgumentError, ConflictingArgumentsError
 from btc_jax._paths import leaf_path
 from btc_jax._typing import PyTree
 from btc_jax.allocate.target import Target, target_of
@@ -94,15 +94,15 @@ def sharing_of(**goal: Unpack[Goal]) -> Sharing:
         given = "shape" if of_answers else "equal"
     elif not of_answers and given != "equal":
         assert target is not None
-        raise ArgumentError(
-            "sensitivity",
-            f"is given with {target.kind}, which asks for the least error of the weights; give bits or size instead",
+        raise ConflictingArgumentsError(
+            {"sensitivity": given if isinstance(given, str) else "a tree", target.kind: target.value},
+            "are given; a target of the error asks for the least error of the weights: give bits or size instead",
         )
-    sensitivity = _word(given) if isinstance(given, str) else _by_path(given)
+    sensitivity = _word(given) if isinstance(given, str | Real) else _by_path(given)
     return Sharing(target, sensitivity, bool(goal.get("taps", True)))
 
 
-def _word(word: str) -> Literal["shape", "equal"]:
+def _word(word: Any) -> Literal["shape", "equal"]:
     if word not in ("shape", "equal"):
         raise ArgumentError("sensitivity", f"is {word!r}; it can be a tree of numbers, 'shape' or 'equal'")
     return word
