@@ -11,27 +11,28 @@ from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
 
 Apply = Callable[[PyTree, Any], Any]
-"""`apply(params, inputs) -> logits [batch, classes]`, such as `lambda p, x: model.apply({"params": p}, x)`."""
+"""`apply(params, inputs) -> logits [batch, ..., classes]`, such as `lambda p, x: model.apply({"params": p}, x)`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model answers on a labelled set.
+    """How good a model's answers are, and how far from those of the float model.
 
     Attributes:
-        examples: number of examples.
-        top1, topk: share of examples, 0 to 1, whose label has the largest logit, and one of the `k` largest.
+        examples: number of answers: of examples, or of all positions of the texts.
+        top1, topk: share of answers, 0 to 1, whose label has the largest logit, and one of the `k` largest; `None`
+            without labels.
         k: the `k` of `topk`, at most the number of classes.
-        cross_entropy: mean negative log-likelihood of the labels, in nats.
-        agreement: share of examples with the same first answer as the float model, 0 to 1; `None` without reference.
+        cross_entropy: mean negative log-likelihood of the labels, in nats; `None` without labels.
+        agreement: share of answers that are the float model's, 0 to 1; `None` without reference.
         kl: mean Kullback-Leibler divergence from the float model's distribution to this one, in nats; `None` without.
     """
 
     examples: int
-    top1: float
-    topk: float
+    top1: float | None
+    topk: float | None
     k: int
-    cross_entropy: float
+    cross_entropy: float | None
     agreement: float | None = None
     kl: float | None = None
 
@@ -42,17 +43,18 @@ def btc_logits(
     """Logits of a model on all inputs, computed in jitted batches on jax's default device.
 
     Args:
-        apply: `apply(params, inputs) -> logits`; each example's logits must not depend on the rest of its batch.
+        apply: `apply(params, inputs) -> logits [batch, ..., classes]`; each example's logits must not depend on the
+            rest of its batch.
         params: dense or packed tree.
         inputs: array, or pytree of arrays, with examples along the first axis. The last batch may be short.
         batch_size: examples a call.
         progress: show a bar on a terminal.
 
     Returns:
-        float32 logits `[examples, classes]`.
+        float32 logits `[examples, ..., classes]`.
 
     Raises:
-        ValueError: there are no examples, or `apply` does not return `[batch, classes]`.
+        ValueError: there are no examples, or `apply` does not return `[batch, ..., classes]`.
     """
     examples = count_examples(inputs)
     batch = min(batch_size, examples)
@@ -68,18 +70,18 @@ def btc_evaluate(
     apply: Apply,
     params: PyTree,
     inputs: PyTree,
-    labels: Any,
+    labels: Any = None,
     *,
     reference: Any = None,
     batch_size: int = 256,
     top_k: int = 5,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluates a classifier with dense or packed parameters.
+    """Evaluates a classifier or a language model with dense or packed parameters.
 
     Args:
         apply, params, inputs, batch_size, progress: as for `btc_logits`.
-        labels: the right class of each example, integers.
+        labels: the right class of each answer, integers `[examples, ...]`; without, only `reference` is compared with.
         reference: the float model's logits on the same inputs, from `btc_logits`; for agreement and divergence.
         top_k: the `k` of the top-k accuracy.
 
@@ -87,7 +89,7 @@ def btc_evaluate(
         The figures; all are NaN if a logit is NaN or infinite. A class masked with -inf counts for nothing.
 
     Raises:
-        ValueError: labels or reference do not fit the inputs or the classes, or `top_k` is below 1.
+        ValueError: labels or reference do not fit the inputs or the classes, there is neither, or `top_k` is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,33 +99,41 @@ def btc_evaluate(
         >>> round(evaluation.top1, 3), evaluation.topk
         (0.667, 1.0)
     """
+    if labels is None and reference is None:
+        raise ValueError("there are neither labels nor a reference to compare with; give reference=btc_logits(...)")
     logits = btc_logits(apply, params, inputs, batch_size=batch_size, progress=progress)
-    return evaluate_logits(logits, np.asarray(labels), None if reference is None else np.asarray(reference), top_k)
+    known = None if labels is None else np.asarray(labels)
+    return evaluate_logits(logits, known, None if reference is None else np.asarray(reference), top_k)
 
 
-def evaluate_logits(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None, top_k: int) -> Evaluation:
-    """The figures of logits `[examples, classes]`; see `btc_evaluate`."""
+def evaluate_logits(
+    logits: np.ndarray, labels: np.ndarray | None, reference: np.ndarray | None, top_k: int
+) -> Evaluation:
+    """The figures of logits `[examples, ..., classes]`; see `btc_evaluate`."""
     _check_fit(logits, labels, reference)
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be 1 or more")
-    k = min(top_k, logits.shape[1])
+    logits = logits.reshape(-1, logits.shape[-1])
+    reference = None if reference is None else reference.reshape(logits.shape)
+    k, nan = min(top_k, logits.shape[1]), float("nan")
     if not _is_distribution(logits):
-        nan = float("nan")
-        return Evaluation(len(logits), nan, nan, k, nan, *([nan, nan] if reference is not None else []))
+        compared = () if reference is None else (nan, nan)
+        return Evaluation(len(logits), *((None, None, k, None) if labels is None else (nan, nan, k, nan)), *compared)
+    compared = () if reference is None else _compared(reference, logits)
+    if labels is None:
+        return Evaluation(len(logits), None, None, k, None, *compared)
+    return Evaluation(len(logits), *_rated(logits, labels.reshape(-1), k), *compared)
+
+
+def _rated(logits: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, float, int, float]:
+    """The first figures of an `Evaluation`."""
     rows = np.arange(len(labels))
     own = logits[rows, labels][:, None]
     # Of equal logits the first class leads, as argmax has it.
     ahead = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
     rank = ahead.sum(axis=1)
-    logp = _log_softmax(logits)
-    return Evaluation(
-        len(logits),
-        float(np.mean(rank < 1)),
-        float(np.mean(rank < k)),
-        k,
-        float(-np.mean(logp[rows, labels])),
-        *(() if reference is None else _compared(reference, logits)),
-    )
+    likelihood = _log_softmax(logits)[rows, labels]
+    return float(np.mean(rank < 1)), float(np.mean(rank < k)), k, float(-np.mean(likelihood))
 
 
 def _compared(reference: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
@@ -143,9 +153,9 @@ def _is_distribution(logits: np.ndarray) -> bool:
 
 def _logits(output: Any, batch: int) -> np.ndarray:
     shape = getattr(output, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != batch:
+    if shape is None or len(shape) < 2 or shape[0] != batch:
         what = type(output).__name__ if shape is None else f"shape {shape}"
-        raise ValueError(f"apply returned {what} for {batch} examples; it must return [batch, classes]")
+        raise ValueError(f"apply returned {what} for {batch} examples; it must return logits [batch, ..., classes]")
     return np.asarray(output, np.float32)
 
 
@@ -178,13 +188,14 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _check_fit(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> None:
-    examples, classes = logits.shape
-    if labels.shape != (examples,):
-        raise ValueError(f"labels have shape {labels.shape}; {examples} examples need ({examples},)")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels are {labels.dtype} in {labels.min()}..{labels.max()}; integers in 0..{classes - 1} are needed"
-        )
+def _check_fit(logits: np.ndarray, labels: np.ndarray | None, reference: np.ndarray | None) -> None:
+    *answers, classes = logits.shape
+    if labels is not None:
+        if labels.shape != tuple(answers):
+            raise ValueError(f"labels have shape {labels.shape}; {len(logits)} examples need {tuple(answers)}")
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(
+                f"labels are {labels.dtype} in {labels.min()}..{labels.max()}; integers in 0..{classes - 1} are needed"
+            )
     if reference is not None and reference.shape != logits.shape:
         raise ValueError(f"reference has shape {reference.shape}; the model's logits have {logits.shape}")

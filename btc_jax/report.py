@@ -53,8 +53,21 @@ def _after(row: PlanRow, plan: Plan) -> str:
 def search_table(result: SearchResult, title: str = "Search (bits per weight)") -> Table:
     """A row a trial; the message is the caption. Budgets of bits, and divergences, have columns where there are any."""
     rows = [_trial(trial, trial is result.best) for trial in result.trials]
-    names = ("block", "budget", "accuracy", "drop", "KL", "rmse", "effective", "packed", "seconds", "verdict")
-    names = [name for name in names if name not in ("budget", "KL") or any(row[name] for row in rows)]
+    names = (
+        "block",
+        "budget",
+        "accuracy",
+        "drop",
+        "KL",
+        "agreement",
+        "rmse",
+        "effective",
+        "packed",
+        "seconds",
+        "verdict",
+    )
+    optional = ("budget", "KL", "agreement")
+    names = [name for name in names if name not in optional or any(row[name] for row in rows)]
     table = _table(title, names)
     for row, trial in zip(rows, result.trials, strict=True):
         _add(table, [row[name] for name in names], "bold" if trial is result.best else None)
@@ -70,6 +83,7 @@ def _trial(trial: Trial, best: bool) -> dict[str, str]:
         "accuracy": "" if trial.accuracy is None else f"{trial.accuracy:.2%}",
         "drop": "" if trial.drop is None else f"{trial.drop:.2f}",
         "KL": "" if trial.kl is None else f"{trial.kl:.5f}",
+        "agreement": "" if trial.agreement is None else f"{trial.agreement:.2%}",
         "rmse": f"{total.rmse:.5f}",
         "effective": f"{total.effective_bits:.3f}",
         "packed": f"{trial.metrics.bytes_after:,}",

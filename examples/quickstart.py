@@ -126,7 +126,9 @@ class Exam(NamedTuple):
         return btc_jax.btc_logits(self.apply, params, self.digits.images)
 
     def accuracy(self, params: PyTree) -> float:
-        return btc_jax.btc_evaluate(self.apply, params, *self.digits).top1
+        accuracy = btc_jax.btc_evaluate(self.apply, params, *self.digits).top1
+        assert accuracy is not None
+        return accuracy
 
     def figures(self, params: PyTree, reference: np.ndarray) -> Row:
         result = btc_jax.btc_evaluate(self.apply, params, *self.digits, reference=reference)

@@ -130,6 +130,7 @@ def test_ties_never_make_topk_less_than_top1(seed, k):
 def test_large_logits_do_not_overflow():
     logits, labels = problem(spread=1e30)
     found = btc_evaluate(identity, {}, logits, labels, reference=logits)
+    assert found.cross_entropy is not None
     assert math.isfinite(found.cross_entropy)
     assert (found.agreement, found.kl) == (1, 0)
 
@@ -145,6 +146,7 @@ def test_a_logit_that_is_no_number_makes_every_figure_nan(bad):
     assert all(figure is not None and math.isnan(figure) for figure in figures)
     found = btc_evaluate(identity, {}, broken, labels)
     assert found.agreement is found.kl is None
+    assert found.top1 is not None
     assert math.isnan(found.top1)
 
 
@@ -243,7 +245,6 @@ def test_inputs_that_do_not_fit(inputs, batch_size, match):
     "apply",
     [
         lambda params, x: x[:, 0],
-        lambda params, x: x[:, :, None],
         lambda params, x: x.sum(),
         lambda params, x: x[:2],
         lambda params, x: (x, {"batch_stats": x}),
@@ -251,8 +252,30 @@ def test_inputs_that_do_not_fit(inputs, batch_size, match):
     ],
 )
 def test_apply_that_returns_something_else(apply):
-    with pytest.raises(ValueError, match=r"apply returned.*\[batch, classes\]"):
+    with pytest.raises(ValueError, match=r"apply returned.*\[batch, ..., classes\]"):
         btc_logits(apply, {}, problem()[0])
+
+
+def test_without_labels_only_the_reference_is_compared_with():
+    logits, labels = problem()
+    reference = logits[::-1]
+    whole, found = btc_evaluate(identity, {}, logits, labels, reference=reference), None
+    found = btc_evaluate(identity, {}, logits, reference=reference)
+    assert (found.kl, found.agreement, found.examples) == (whole.kl, whole.agreement, EXAMPLES)
+    assert found.top1 is found.topk is found.cross_entropy is None
+    with pytest.raises(ValueError, match=r"neither labels nor a reference.*reference=btc_logits"):
+        btc_evaluate(identity, {}, logits)
+
+
+def test_each_position_of_a_text_is_an_answer():
+    logits, labels = problem()
+    reference = logits[::-1]
+    flat = btc_evaluate(identity, {}, logits, labels, reference=reference)
+    texts = [array.reshape(EXAMPLES // 2, 2, *array.shape[1:]) for array in (logits, labels, reference)]
+    assert btc_evaluate(identity, {}, texts[0], texts[1], reference=texts[2]) == flat
+    assert btc_logits(identity, {}, texts[0]).shape == texts[0].shape
+    with pytest.raises(ValueError, match=r"labels have shape .* examples need \("):
+        btc_evaluate(identity, {}, texts[0], labels)
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capfd):

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 
 from btc_jax import (
+    Evaluation,
     Multilevel,
     Policy,
     Rule,
@@ -133,14 +134,21 @@ def test_search_table_without_accuracy_leaves_it_blank():
 
 
 def test_search_table_shows_budgets_and_divergences_where_there_are_any():
-    kls = iter([0.00123, 0.5, 0.01])
+    kls = iter([0.0, 0.00123, 0.5, 0.01])
     result = btc_search(
-        tree(), bits=(2, 6), tolerance=2, divergence=lambda _: next(kls), max_kl=0.1, policy=MULTILEVEL, progress=False
+        tree(),
+        lambda _: Evaluation(1, None, None, 1, None, agreement=0.9, kl=next(kls)),
+        bits=(2, 6),
+        tolerance=2,
+        max_kl=0.1,
+        policy=MULTILEVEL,
+        progress=False,
     )
     header, *body = rows(render(search_table(result), 200))
     shown = [dict(zip(header, row, strict=True)) for row in body]
     assert [row["budget"] for row in shown] == ["6.000", "2.000", "4.000"]
     assert [row["KL"] for row in shown] == ["0.00123", "0.50000", "0.01000"]
+    assert {row["agreement"] for row in shown} == {"90.00%"}
     assert [row["verdict"] for row in shown] == ["holds", "KL 0.5 > 0.1", "best"]
     sizes = btc_search(tree(), policy=POLICY, block_sizes=(64,), max_rmse=None, progress=False)
     assert not {"budget", "KL"} & set(rows(render(search_table(sizes)))[0])

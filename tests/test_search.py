@@ -3,14 +3,18 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from btc_jax import (
     BTCPolicyError,
+    Evaluation,
     Multilevel,
     MultilevelFormat,
     Policy,
@@ -20,11 +24,13 @@ from btc_jax import (
     UniformFormat,
     btc_dequantize,
     btc_evaluate,
+    btc_logits,
     btc_metrics,
     btc_quantize,
     btc_search,
     is_packed,
 )
+from btc_jax.search.budgets import PREDICTED, Budgets
 
 CODEC = Uniform(threshold=0.0)
 """One width only, so that a shape compiles once for each block size."""
@@ -258,7 +264,8 @@ def test_evaluate_that_returns_no_accuracy(answer, shown, before):
     ("answer", "shown"),
     [
         (None, "None"),
-        (btc_evaluate(lambda p, x: x, {}, np.eye(3, dtype=np.float32), [0, 1, 2]), "Evaluation"),
+        (Evaluation(1, None, None, 1, None), "Evaluation"),
+        (Evaluation(1, math.nan, math.nan, 1, math.nan, math.nan, math.nan), "Evaluation"),
         ((0.9, 0.1), "(0.9, 0.1)"),
         (np.array([0.9, 0.8]), "[0.9"),
     ],
@@ -376,8 +383,17 @@ def accurate_from(bits):
 
 def divergence(tree):
     """A divergence that falls as errors do."""
-    error = np.asarray(tree["kernel"].dequantize(), np.float64) - PARAMS["kernel"]
+    error = np.asarray(tree["kernel"], np.float64) - PARAMS["kernel"]
     return float(np.mean(error**2) / np.mean(PARAMS["kernel"].astype(np.float64) ** 2))
+
+
+def answers(kl: Any = None, accuracy: Any = None, agreement: Any = None) -> Any:
+    """An evaluate function with these figures, each a number or a function of the tree."""
+
+    def figure(value: Any, tree: Any) -> Any:
+        return value(tree) if callable(value) else value
+
+    return lambda tree: Evaluation(1, figure(accuracy, tree), None, 1, None, figure(agreement, tree), figure(kl, tree))
 
 
 def budgets(result):
@@ -421,24 +437,76 @@ def test_tolerance_decides_how_many_are_tried(tolerance, trials):
     assert len(by_bits(accurate_from(3.3), tolerance=tolerance).trials) == trials
 
 
-def test_a_limit_of_divergence():
-    result = by_bits(divergence=divergence, max_kl=3e-3, max_drop=None, tolerance=0.2)
+@pytest.mark.parametrize("limit", [3e-3, 1e-3, 0.05])
+def test_a_limit_of_divergence(limit):
+    result = by_bits(answers(divergence), max_kl=limit)
     assert result.status is SearchStatus.STOPPED
     assert result.accuracy is None
     assert result.best is not None
     assert result.best.kl == pytest.approx(divergence(result.tree))
-    assert all((trial.kl or 0) <= 3e-3 for trial in result.trials if trial.held)
-    assert all((trial.kl or 0) > 3e-3 for trial in result.trials if trial.broke)
-    assert re.search(r"breaks the limit \(KL 0\.00\d+ > 0\.003\)", result.message)
+    assert all((trial.kl or 0) <= limit for trial in result.trials if trial.held)
+    assert all((trial.kl or 0) > limit for trial in result.trials if trial.broke)
+    broken = max(trial.bits or 0 for trial in result.trials if trial.broke)
+    assert broken < (result.best.bits or 0) <= broken + 0.05
+    assert len(result.trials) <= 4  # 9 by halving
+    assert re.search(rf"breaks the limit \(KL 0\.\d+ > {limit:g}\)", result.message)
+    assert "not looked at" not in result.message
+
+
+def test_a_limit_of_agreement():
+    result = by_bits(answers(agreement=lambda tree: 1 - math.sqrt(divergence(tree))), min_agreement=0.95)
+    assert result.best is not None
+    assert (result.best.agreement or 0) >= 0.95
+    assert len(result.trials) <= 4
+    assert re.search(r"agreement 0\.94\d* < 0\.95", result.message)
+
+
+def test_sensitivities_predict_the_first_budget():
+    """Their divergence is half of sensitivity times squared error; here it is just that."""
+    known = {"kernel": 2.0 / float(np.sum(np.square(PARAMS["kernel"], dtype=np.float64)))}
+    result = by_bits(answers(divergence), max_kl=1e-3, sensitivity=known)
+    assert len(result.trials) <= 3
+    assert next(trial.kl for trial in result.trials) == pytest.approx(1e-3, rel=0.1)
+    with pytest.raises(ValueError, match="sensitivity says where bits go, and block sizes are searched"):
+        search(sensitivity=known)
+
+
+def test_sensitivities_share_out_every_budget():
+    tree = {"a": params()["kernel"], "b": params()["kernel"].copy()}
+    known = {"a": 1.0, "b": 64.0}
+    result = btc_search(tree, bits=(3, 5), max_rmse=0.01, sensitivity=known, progress=False)
+    assert result.best is not None
+    assert_same_tree(result.tree, btc_quantize(tree, bits=result.best.bits, sensitivity=known))
 
 
 def test_a_divergence_is_measured_beside_the_accuracy_and_with_block_sizes():
-    result = by_bits(accurate_from(3), divergence=divergence, tolerance=4)
+    both = answers(divergence, accuracy=accurate_from(3))
+    result = by_bits(both, tolerance=4)
     assert [trial.held for trial in result.trials] == [True, False]
     assert [trial.kl for trial in result.trials] == [divergence(btc_quantize(PARAMS, bits=bits)) for bits in (6, 2)]
-    result = search(divergence=divergence, max_kl=0.5 * (divergence_of(32) + divergence_of(64)))
+    result = search(answers(divergence), max_kl=0.5 * (divergence_of(32) + divergence_of(64)))
     assert sizes(result) == [32, 64]
     assert result.trials[1].broke.startswith("KL")
+
+
+def test_figures_that_evaluate_does_not_return_are_missed_at_once():
+    for evaluate in (lambda tree: 0.9, answers(agreement=0.9)):
+        with pytest.raises(ValueError, match=r"max_kl is 0\.1, and evaluate returns no kl; return btc_evaluate\("):
+            by_bits(evaluate, max_kl=0.1)
+    with pytest.raises(ValueError, match=r"min_agreement is 0\.9, and evaluate returns no agreement"):
+        by_bits(answers(kl=0.0), min_agreement=0.9)
+
+
+def test_a_real_model():
+    inputs = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
+
+    def apply(tree, x):
+        return x @ tree["kernel"]
+
+    reference = btc_logits(apply, PARAMS, inputs)
+    result = by_bits(lambda tree: btc_evaluate(apply, tree, inputs, reference=reference), max_kl=1e-3)
+    assert result.status is SearchStatus.STOPPED
+    assert len(result.trials) <= 5
 
 
 def divergence_of(size):
@@ -488,22 +556,20 @@ def test_evaluate_that_fails_while_bits_are_searched_keeps_the_trials():
         assert part in result.message
 
 
-@pytest.mark.parametrize(
-    ("answer", "shown"), [(math.nan, "nan"), (-0.1, "-0.1"), (None, "None"), ("x", "'x'"), (KeyError("y"), "KeyError")]
-)
-def test_divergence_that_fails(answer, shown):
-    with as_users_run_it():
-        result = by_bits(divergence=scripted(answer), max_kl=0.1)
+@pytest.mark.parametrize(("kl", "shown"), [(math.nan, "nan"), (-0.1, "-0.1")])
+def test_a_divergence_that_cannot_be(kl, shown):
+    found = iter([0.0, kl])
+    result = by_bits(answers(kl=lambda tree: next(found)), max_kl=0.1)
     assert result.status is SearchStatus.EVALUATE_FAILED
     assert len(result.trials) == 1
-    assert shown in result.message
-    assert "divergence" in result.message
-    assert "Fix `divergence`" in result.message
+    assert f"kl={shown}" in result.message
+    assert "Fix `evaluate`" in result.message
 
 
 def test_a_divergence_of_nothing_may_be_a_rounding_below_zero_and_one_may_be_infinite():
-    assert by_bits(divergence=lambda tree: -1e-8, max_kl=0).status is SearchStatus.COMPLETE
-    assert by_bits(divergence=lambda tree: math.inf, max_kl=1).status is SearchStatus.NOTHING_HELD
+    assert by_bits(answers(kl=-1e-8), max_kl=0).status is SearchStatus.COMPLETE
+    assert by_bits(answers(kl=math.inf), max_kl=1).status is SearchStatus.NOTHING_HELD
+    assert by_bits(answers(agreement=1.0), min_agreement=1).status is SearchStatus.COMPLETE
 
 
 def test_codecs_and_policies_work_with_bits():
@@ -534,11 +600,11 @@ def test_searches_that_cannot_be():
     with pytest.raises(ValueError, match="nothing limits the bits; give evaluate with max_drop"):
         by_bits()
     with pytest.raises(ValueError, match="nothing limits the bits"):
-        by_bits(lambda tree: 0.9, max_drop=None, divergence=divergence)
-    with pytest.raises(ValueError, match=r"max_kl is 0\.1, and there is no divergence"):
-        by_bits(lambda tree: 0.9, max_kl=0.1)
+        by_bits(answers(divergence), max_drop=None)
     with pytest.raises(ValueError, match=r"max_kl is -1\.0"):
-        by_bits(divergence=divergence, max_kl=-1.0)
+        by_bits(answers(divergence), max_kl=-1.0)
+    with pytest.raises(ValueError, match=r"min_agreement is 91\.0; it must be from 0 to 1"):
+        by_bits(answers(divergence), min_agreement=91.0)
     with pytest.raises(ValueError, match="both bits and block_sizes"):
         by_bits(lambda tree: 0.9, block_sizes=(32,))
     with pytest.raises(ValueError, match="no leaf has a codec that adapts"):
@@ -548,9 +614,58 @@ def test_searches_that_cannot_be():
 
 
 def test_json_of_a_search_for_bits():
-    result = by_bits(accurate_from(3), divergence=divergence, tolerance=2)
+    result = by_bits(answers(divergence, accuracy=accurate_from(3)), tolerance=2)
     record = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert [trial["bits"] for trial in record["trials"]] == [6, 2, 4]
     assert record["trials"][2]["kl"] == result.trials[2].kl
     assert record["best"] == 2
     assert record["trials"][0]["codec"] == {"id": "multilevel", "block_size": 32, "width": None}
+
+
+# Which budget is next
+
+
+def budgets_tried(limit, low=2.0, high=8.0, tolerance=0.05, needs=None, first=None):
+    """The budgets tried for a limit that is met from so many bits on, and the smallest that held."""
+    budgets, tried = Budgets(low, high, tolerance, first, needs is not None), []
+    while (bits := budgets.next()) is not None:
+        assert low <= bits <= high
+        tried.append(bits)
+        budgets.tell(bits, bits >= limit, needs and needs(bits))
+    return tried, budgets
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.floats(0, 10),
+    st.floats(0.001, 5),
+    st.sampled_from([None, "exact", "steep", "flat", "stepped", "wrong", "noise"]),
+    st.none() | st.floats(2, 8),
+    st.integers(0, 2**31),
+)
+def test_whatever_is_predicted_the_budget_found_is_next_to_one_that_broke(limit, tolerance, kind, first, seed):
+    rng = np.random.default_rng(seed)
+    predictions = {
+        "exact": lambda bits: limit - bits,
+        "steep": lambda bits: 9 * (limit - bits),
+        "flat": lambda bits: 0.05 * (limit - bits),
+        "stepped": lambda bits: float(np.ceil(limit - bits)),
+        "wrong": lambda bits: bits - limit,
+        "noise": lambda bits: float(rng.normal()),
+    }
+    tried, budgets = budgets_tried(limit, tolerance=tolerance, needs=predictions.get(kind), first=first)
+    assert len(set(tried)) == len(tried)
+    if budgets.held is None:
+        assert (budgets.broke, limit > 8) == (8, True)
+    else:
+        assert budgets.held >= limit
+        assert budgets.held == 2 or (budgets.broke is not None and budgets.held - budgets.broke <= tolerance + 1e-12)
+    halving = 2 + math.ceil(math.log2(max(6 / tolerance, 1)))
+    assert len(tried) <= min(halving + PREDICTED, budgets.most)
+
+
+@pytest.mark.parametrize("limit", [2.01, 2.5, 3.3, 4.37, 5.0, 6.9, 7.99])
+def test_good_predictions_need_few_trials(limit):
+    assert len(budgets_tried(limit, needs=lambda bits: limit - bits)[0]) <= 4
+    assert len(budgets_tried(limit, needs=lambda bits: 0.9 * (limit - bits) + 0.02 * (bits - 4) ** 2)[0]) <= 7
+    assert len(budgets_tried(limit)[0]) == 9

@@ -19,7 +19,7 @@ class SearchStatus(enum.StrEnum):
     NOTHING_HELD = "nothing held"
     """The smallest blocks, or the most bits, already broke a limit."""
     EVALUATE_FAILED = "evaluate failed"
-    """The evaluate or divergence function raised, or returned what cannot be."""
+    """The evaluate function raised, or returned what cannot be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +49,22 @@ class SearchResult:
         return fields | {"trials": [trial.to_json() for trial in self.trials]}
 
 
-def status_of(trials: Sequence[Trial], trouble: str, complete: bool) -> SearchStatus:
-    if trouble:
+def status_of(trials: Sequence[Trial], failure: str, complete: bool) -> SearchStatus:
+    if failure:
         return SearchStatus.EVALUATE_FAILED
     if complete:
         return SearchStatus.COMPLETE
     return SearchStatus.STOPPED if any(trial.held for trial in trials) else SearchStatus.NOTHING_HELD
 
 
-def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial], trouble: str, by_bits: bool) -> str:
+def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial], failure: str, by_bits: bool) -> str:
     words = _BITS if by_bits else _SIZES
     if status is SearchStatus.EVALUATE_FAILED:
         kept = f"{_found(best)}; the {words.rest} are unknown" if best else "No configuration is known to hold"
-        return f"{trouble}. {kept}. Fix `{trouble.split()[0]}` and rerun."
+        return f"{failure}. {kept}. Fix `evaluate` and rerun."
     if best is None:
-        return (
-            f"{_capital(trials[0].name)}, {words.first}, already breaks the limit ({trials[0].broke}). {words.nothing}"
-        )
+        first = max(trials, key=lambda trial: trial.bits or 0)
+        return f"{_capital(first.name)}, {words.first}, already breaks the limit ({first.broke}). {words.nothing}"
     if status is SearchStatus.COMPLETE:
         return f"{_found(best)}, {words.last}"
     broken = _nearest_broken(trials)

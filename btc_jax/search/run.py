@@ -1,5 +1,5 @@
 """The paper's search (section 3.1): larger and larger blocks, until the error or the accuracy breaks its limit. And its
-like for codecs that take any number of bits: fewer and fewer, by halving the interval.
+like for codecs that take any number of bits: fewer and fewer, as the figures of those tried suggest.
 """
 
 import dataclasses
@@ -9,11 +9,12 @@ from typing import Literal
 
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
-from btc_jax.allocate import sharing_of
+from btc_jax.allocate import Sharing, sharing_of
 from btc_jax.codecs import Codec
 from btc_jax.policy import Policy
+from btc_jax.search.budgets import Budgets
 from btc_jax.search.record import SearchResult, message_of, status_of
-from btc_jax.search.trial import Divergence, Evaluate, Judge, Limits, Tried, accuracy_of
+from btc_jax.search.trial import Evaluate, Judge, Limits, Outcome, answers_of
 from btc_jax.tensor import is_packed
 from btc_jax.tree import flatten, one_policy
 
@@ -32,23 +33,27 @@ def btc_search(
     tolerance: float = 0.05,
     max_rmse: float | Literal["auto"] | None = "auto",
     max_drop: float | None = 2.0,
-    divergence: Divergence | None = None,
     max_kl: float | None = None,
+    min_agreement: float | None = None,
+    sensitivity: PyTree | Literal["shape", "equal"] | None = None,
+    taps: bool = True,
     progress: bool = True,
 ) -> SearchResult:
-    """Finds the smallest tree that keeps to limits of error and accuracy.
+    """Finds the smallest tree that keeps to limits of error, of accuracy, and of how far the answers move.
 
     Without `bits` it tries block sizes from small to large, and stops at the first that breaks a limit, as the paper
     does: larger blocks have fewer headers, and so fewer bits, but a coarser grid. The default limits are the paper's.
 
     With `bits=(3, 6)` it looks for the smallest budget of effective bits in that range that keeps to the limits, and
-    shares out each budget as `btc_quantize(params, bits=...)` does. It tries the largest budget, the smallest, and then
-    halves the interval between one that held and one that did not. Each budget is tried once.
+    shares out each budget as `btc_quantize(params, bits=...)` does. What is known of a budget tells where to look next:
+    a bit more halves the error and the share of answers that change, and divides the divergence by four. With
+    sensitivities, the divergence is predicted before the first answer is asked for. Limits of accuracy alone predict
+    nothing: then the range is halved. Each budget is tried once.
 
     Args:
         params: the float tree.
-        evaluate: `evaluate(tree) -> accuracy` from 0 to 1; called with `params` first, then with each packed tree.
-            Without it only the error, and the divergence, are looked at.
+        evaluate: `evaluate(tree)` returns an accuracy from 0 to 1, or an `Evaluation`, from `btc_evaluate`; called with
+            `params` first, then with each packed tree. Without it only the error is looked at.
         codec, policy: as for `btc_quantize`; the block size of the default codec is searched. Rules keep theirs. With
             `bits` the default is `Multilevel()`, and the codec stays as it is.
         block_sizes: the sizes to try; they are put in increasing order.
@@ -57,19 +62,19 @@ def btc_search(
         max_rmse: largest root mean squared error over all quantized weights, in their units; `None` for no limit.
             `"auto"` is the paper's 3e-3 for block sizes, and no limit for bits.
         max_drop: largest loss of accuracy in points (hundredths); `None` for no limit.
-        divergence: `divergence(tree) -> float` of a packed tree's answers from those of the float tree: their mean
-            Kullback-Leibler divergence in nats, as in `btc_evaluate(..., reference=...).kl`. It sees much smaller
-            differences than the accuracy does.
-        max_kl: largest divergence; `None` for no limit.
+        max_kl: largest divergence of the answers from those of the float tree, in nats, as in `Evaluation.kl`; `None`
+            for no limit. It sees much smaller differences than the accuracy does.
+        min_agreement: least share of answers that are those of the float tree, 0 to 1; `None` for no limit.
+        sensitivity, taps: as for `btc_quantize`, where bits are searched.
         progress: show a bar on a terminal.
 
     Returns:
-        A record with the best configuration that held, its tree, and all trials. An evaluate or divergence function
-        that fails ends the search, and its error is in the record; the trials made are kept.
+        A record with the best configuration that held, its tree, and all trials. An evaluate function that fails ends
+        the search, and its error is in the record; the trials made are kept.
 
     Raises:
-        ValueError: a limit is negative or NaN, there is no block size, the range of bits is no range or cannot be
-            reached, or nothing limits the bits; and what `btc_quantize` raises.
+        ValueError: a limit cannot be, or is about what `evaluate` does not return; there is no block size; the range of
+            bits is no range or cannot be reached; nothing limits the bits; and what `btc_quantize` raises.
 
     Example:
         >>> import jax, btc_jax
@@ -78,70 +83,98 @@ def btc_search(
         >>> result.status.value, result.best.codec.block_size
         ('complete', 256)
         >>> result = btc_search(params, bits=(3, 7), max_rmse=2e-3)
-        >>> result.status.value, len(result.trials), 5 < result.best.bits < 7
-        ('stopped', 9, True)
+        >>> result.status.value, len(result.trials) < 6, 5 < result.best.bits < 7
+        ('stopped', True, True)
     """
     if bits is not None and block_sizes != _SIZES:
         raise ValueError("both bits and block_sizes are given; search one of them, with the other in the codec")
+    if bits is None and sensitivity is not None:
+        raise ValueError("sensitivity says where bits go, and block sizes are searched; search bits=(3, 6), say")
     error = (_RMSE if bits is None else None) if max_rmse == "auto" else max_rmse
-    limits = Limits(error, max_drop, max_kl)
+    limits = Limits(error, max_drop, max_kl, min_agreement)
     if any(map(is_packed, flatten(params)[1])):
         raise ValueError("the tree is already quantized; search from the float tree, or from btc_dequantize(tree)")
-    if max_kl is not None and divergence is None:
-        raise ValueError(f"max_kl is {max_kl}, and there is no divergence function to measure it; give divergence")
     ends = None if bits is None else _ends(bits, tolerance)
-    policy = one_policy(codec, policy, sharing_of(bits=ends and ends[1]))
+    sharing = sharing_of(bits=ends and ends[1], sensitivity=sensitivity, taps=taps)
+    policy = one_policy(codec, policy, sharing)
     if not ends and policy.codec and policy.codec.adaptive:
         raise ValueError(f"{policy.codec!r} takes the bits it is given, whatever its blocks; search bits=(3, 6), say")
     policies = [] if ends else _policies(policy, block_sizes)
     if ends:
         _refuse_unlimited(limits, evaluate)
-    baseline, trouble = accuracy_of(evaluate, params)
-    judge = Judge(params, limits, evaluate, divergence, baseline)
-    found = _fewer_bits(judge, policy, ends, tolerance, progress) if ends else _larger_blocks(judge, policies, progress)
-    return _result([] if trouble else found, baseline, trouble, ends, evaluate is None and max_drop is not None)
+    float_answers, failure = answers_of(evaluate, params)
+    if not failure:
+        limits.refuse_without_answers(float_answers)
+    judge = Judge(params, limits, evaluate, float_answers.accuracy)
+    found: Iterable[Outcome] = ()
+    if not failure:
+        found = (
+            _fewer_bits(judge, policy, sharing, ends, tolerance, progress)
+            if ends
+            else _larger_blocks(judge, policies, progress)
+        )
+    unchecked = max_drop is not None and float_answers.accuracy is None and max_kl is None and min_agreement is None
+    return _result(found, float_answers.accuracy, failure, ends, unchecked and not failure)
 
 
 def _result(
-    found: Iterable[Tried], baseline: float | None, trouble: str, ends: tuple[float, float] | None, unchecked: bool
+    found: Iterable[Outcome],
+    baseline: float | None,
+    failure: str,
+    ends: tuple[float, float] | None,
+    unchecked: bool,
 ) -> SearchResult:
     trials, tree, best = [], None, None
-    for trial, packed, wrong in found:
-        trials.append(trial)
-        trouble = wrong
-        if trial.held:
-            best, tree = trial, packed
+    for outcome in found:
+        trials.append(outcome.trial)
+        failure = outcome.failure
+        if outcome.trial.held and (best is None or ends is None or (outcome.trial.bits or 0) < (best.bits or 0)):
+            best, tree = outcome.trial, outcome.tree
     complete = best is not None and (best.bits == ends[0] if ends else best is trials[-1])
-    status = status_of(trials, trouble, complete)
-    message = message_of(status, best, trials, trouble, by_bits=ends is not None)
+    status = status_of(trials, failure, complete)
+    message = message_of(status, best, trials, failure, by_bits=ends is not None)
     if unchecked:
-        message += " Accuracy was not looked at: max_drop needs an evaluate function."
+        message += " Accuracy was not looked at: max_drop needs an evaluate function that returns one."
     return SearchResult(status, message, best, tree, tuple(trials), baseline)
 
 
-def _larger_blocks(judge: Judge, policies: list[Policy], progress: bool) -> Iterator[Tried]:
+def _larger_blocks(judge: Judge, policies: list[Policy], progress: bool) -> Iterator[Outcome]:
     for policy in tracked(policies, "searching block sizes", progress):
-        tried = judge.try_(policy)
-        yield tried
-        if tried.trial.broke:
+        outcome = judge.judged(policy, Sharing())
+        yield outcome
+        if outcome.trial.broke:
             return
 
 
 def _fewer_bits(
-    judge: Judge, policy: Policy, ends: tuple[float, float], tolerance: float, progress: bool
-) -> Iterator[Tried]:
-    """The largest budget, the smallest, and the middle of one that broke and one that held until they are near."""
-    low, high = ends
-    budgets = list(dict.fromkeys((high, low)))
-    halvings = max(math.ceil(math.log2((high - low) / tolerance)), 0) if high > low else 0
-    for number in tracked(range(len(budgets) + halvings), "searching bits", progress):
-        budget = budgets[number] if number < len(budgets) else (low + high) / 2
-        tried = judge.try_(policy, budget)
-        yield tried
-        decided = budget in ends and tried.trial.held == (budget == ends[0])
-        if tried.trouble or decided:
-            return  # the largest breaks a limit, or the smallest holds
-        low, high = (low, budget) if tried.trial.held else (budget, high)
+    judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float], tolerance: float, progress: bool
+) -> Iterator[Outcome]:
+    first = _predicted(judge, policy, sharing, ends)
+    budgets = Budgets(*ends, tolerance, first, judge.limits.predictable)
+    for _ in tracked(range(budgets.most), "searching bits", progress):
+        if (bits := budgets.next()) is None:
+            return
+        outcome = judge.judged(policy, _of_bits(sharing, bits))
+        yield outcome
+        if outcome.failure:
+            return
+        budgets.tell(bits, outcome.trial.held, outcome.needs)
+
+
+def _predicted(judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float]) -> float | None:
+    """The budget at which the divergence is at its limit, as far as measured sensitivities tell; see `sensitivity`."""
+    known, limit = sharing.sensitivity, judge.limits.max_kl
+    if isinstance(known, str) or not limit:
+        return None
+    middle = (ends[0] + ends[1]) / 2
+    leaves = judge.packed(policy, _of_bits(sharing, middle))[1].leaves
+    errors = {leaf.path: leaf.measures.rmse**2 * leaf.measures.weights for leaf in leaves if leaf.measures}
+    kl = sum(known[path] * error for path, error in errors.items()) / 2
+    return min(max(middle + 0.5 * math.log2(kl / limit), ends[0]), ends[1]) if 0 < kl < math.inf else None
+
+
+def _of_bits(sharing: Sharing, bits: float) -> Sharing:
+    return sharing._replace(target=sharing_of(bits=bits).target)
 
 
 def _ends(bits: tuple[float, float], tolerance: float) -> tuple[float, float]:
@@ -154,9 +187,11 @@ def _ends(bits: tuple[float, float], tolerance: float) -> tuple[float, float]:
 
 
 def _refuse_unlimited(limits: Limits, evaluate: Evaluate | None) -> None:
-    if (limits.max_drop is None or evaluate is None) and limits.max_rmse is None and limits.max_kl is None:
+    if limits.max_rmse is not None:
+        return
+    if evaluate is None or (limits.max_drop is None and limits.max_kl is None and limits.min_agreement is None):
         raise ValueError(
-            "nothing limits the bits; give evaluate with max_drop, divergence with max_kl, or max_rmse; or for a "
+            "nothing limits the bits; give evaluate with max_drop, max_kl or min_agreement, or max_rmse; or for a "
             "budget that is known, btc_quantize(params, bits=...)"
         )
 

@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import jax
 
 from btc_jax._typing import PyTree
-from btc_jax.allocate import sharing_of
+from btc_jax.allocate import Sharing
 from btc_jax.codecs import Codec
+from btc_jax.evaluate import Evaluation
 from btc_jax.metrics import TreeMetrics, metrics_of
 from btc_jax.policy import Policy
 from btc_jax.tree import quantized
 
-Evaluate = Callable[[PyTree], float]
-"""`evaluate(params) -> accuracy` from 0 to 1, for a dense tree as for a packed one."""
-Divergence = Callable[[PyTree], float]
-"""`divergence(tree) -> KL` in nats, of the answers of a packed tree from those of the float tree."""
+Evaluate = Callable[[PyTree], Any]
+"""`evaluate(tree)`, of a dense tree as of a packed one: an accuracy from 0 to 1, or an `Evaluation`."""
 
 _ROUNDING = 1e-6
 """A divergence of nothing may come out as much below zero, in float32."""
+_REMEDY = "return btc_evaluate(apply, tree, inputs, reference=btc_logits(apply, params, inputs))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,13 @@ class Trial:
     Attributes:
         codec: the default codec of the policy, with this trial's block size.
         metrics: bits, bytes and error of the packed tree.
-        accuracy: what `evaluate` returned, 0 to 1; `None` if it was not called or failed.
+        accuracy: what `evaluate` returned, 0 to 1; `None` if it was not called, failed, or returned none.
         drop: points (hundredths) of accuracy lost against the float tree; `None` without accuracy.
         seconds: time for packing, measuring and evaluating.
         broke: the limit it broke, in words; empty if it held.
         bits: the budget of effective bits that was given, where bits are searched.
-        kl: what `divergence` returned, in nats; `None` if it was not called or failed.
+        kl: divergence of the answers from those of the float tree, in nats; `None` if `evaluate` returned none.
+        agreement: share of answers that are the same, 0 to 1; `None` likewise.
     """
 
     codec: Codec
@@ -47,6 +48,7 @@ class Trial:
     broke: str
     bits: float | None = None
     kl: float | None = None
+    agreement: float | None = None
 
     @property
     def held(self) -> bool:
@@ -59,8 +61,16 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         fields = {"codec": self.codec.to_json(), "bits": self.bits, "metrics": self.metrics.to_json()}
-        fields |= {"accuracy": self.accuracy, "drop": self.drop, "kl": self.kl}
+        fields |= {"accuracy": self.accuracy, "drop": self.drop, "kl": self.kl, "agreement": self.agreement}
         return fields | {"seconds": self.seconds, "broke": self.broke}
+
+
+class Answers(NamedTuple):
+    """What `evaluate` says of a tree, as far as it does."""
+
+    accuracy: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +80,66 @@ class Limits:
     max_rmse: float | None
     max_drop: float | None
     max_kl: float | None = None
+    min_agreement: float | None = None
 
     def __post_init__(self):
         for name in ("max_rmse", "max_drop", "max_kl"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more, or None for no limit")
+        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"min_agreement is {self.min_agreement}; it must be from 0 to 1, or None for no limit")
 
-    def broken(self, rmse: float, drop: float | None, kl: float | None) -> str:
+    @property
+    def predictable(self) -> bool:
+        """Whether trials say how many bits they are from a limit."""
+        return any(limit is not None for limit in (self.max_rmse, self.max_kl, self.min_agreement))
+
+    def refuse_without_answers(self, answers: Answers) -> None:
+        """Raises if what `evaluate` returns lacks what a limit is about."""
+        for limit, name in (("max_kl", "kl"), ("min_agreement", "agreement")):
+            if getattr(self, limit) is not None and getattr(answers, name) is None:
+                raise ValueError(f"{limit} is {getattr(self, limit)}, and evaluate returns no {name}; {_REMEDY}")
+
+    def broken(self, rmse: float, drop: float | None, answers: Answers) -> str:
+        """The limit that is broken, in words, or an empty string."""
         if self.max_rmse is not None and rmse > self.max_rmse:
-            return f"rmse {_above(rmse, self.max_rmse, '.3g')}"
+            return f"rmse {_beyond(rmse, self.max_rmse, '.3g')}"
         if self.max_drop is not None and drop is not None and drop > self.max_drop:
-            return f"accuracy drop {_above(drop, self.max_drop, '.2f')} points"
-        if self.max_kl is not None and kl is not None and kl > self.max_kl:
-            return f"KL {_above(kl, self.max_kl, '.3g')}"
+            return f"accuracy drop {_beyond(drop, self.max_drop, '.2f')} points"
+        if self.max_kl is not None and answers.kl is not None and answers.kl > self.max_kl:
+            return f"KL {_beyond(answers.kl, self.max_kl, '.3g')}"
+        if self.min_agreement is not None and answers.agreement is not None and answers.agreement < self.min_agreement:
+            return f"agreement {answers.agreement:.6g} < {self.min_agreement:g}"
         return ""
 
+    def needed_bits(self, rmse: float, answers: Answers) -> float | None:
+        """How many more bits would just do, by what a bit is worth; `None` if no figure tells.
 
-class Tried(NamedTuple):
-    """A trial, its tree, and what went wrong in evaluating it, or an empty string."""
+        A bit halves the error, and so the share of answers that change, roughly; the divergence is quadratic in it.
+        """
+        changed = None if answers.agreement is None else 1 - answers.agreement
+        allowed = None if self.min_agreement is None else 1 - self.min_agreement
+        figures = ((rmse, self.max_rmse, 1.0), (answers.kl, self.max_kl, 0.5), (changed, allowed, 1.0))
+        needs = [
+            bits * math.log2(value / limit) for value, limit, bits in figures if value and limit and value < math.inf
+        ]
+        return max(needs, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A trial and its tree.
+
+    Attributes:
+        failure: what went wrong in evaluating it, or an empty string.
+        needs: how many more bits the limits ask for; `None` if that is unknown.
+    """
 
     trial: Trial
     tree: PyTree
-    trouble: str
+    failure: str
+    needs: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,52 +149,69 @@ class Judge:
     params: PyTree
     limits: Limits
     evaluate: Evaluate | None
-    divergence: Divergence | None
     baseline: float | None
 
-    def try_(self, policy: Policy, bits: float | None = None) -> Tried:
+    def judged(self, policy: Policy, sharing: Sharing) -> Outcome:
         start = time.perf_counter()
         assert policy.codec, "one_policy comes first"
-        tree, errors = quantized(self.params, policy, sharing_of(bits=bits))
-        metrics = metrics_of(self.params, tree, policy, errors)
-        accuracy, trouble = accuracy_of(self.evaluate, tree)
-        kl, more = (None, "") if trouble else _divergence_of(self.divergence, tree)
-        trouble = trouble or more
+        tree, metrics = self.packed(policy, sharing)
+        answers, failure = answers_of(self.evaluate, tree)
         # Rounded, or 0.92 - 0.90 were more than 2 points.
-        drop = None if accuracy is None or self.baseline is None else round(100 * (self.baseline - accuracy), 9)
-        broke = trouble or self.limits.broken(metrics.total.rmse, drop, kl)
-        trial = Trial(policy.codec, metrics, accuracy, drop, time.perf_counter() - start, broke, bits, kl)
-        return Tried(trial, tree, trouble)
+        known = answers.accuracy is not None and self.baseline is not None
+        drop = round(100 * (self.baseline - answers.accuracy), 9) if known else None  # pyright: ignore
+        rmse = metrics.total.rmse
+        broke = failure or self.limits.broken(rmse, drop, answers)
+        bits = sharing.target.value if sharing.target else None
+        trial = Trial(
+            policy.codec,
+            metrics,
+            answers.accuracy,
+            drop,
+            time.perf_counter() - start,
+            broke,
+            bits,
+            answers.kl,
+            answers.agreement,
+        )
+        return Outcome(trial, tree, failure, self.limits.needed_bits(rmse, answers))
+
+    def packed(self, policy: Policy, sharing: Sharing) -> tuple[PyTree, TreeMetrics]:
+        """A tree and its metrics."""
+        tree, errors = quantized(self.params, policy, sharing)
+        return tree, metrics_of(self.params, tree, policy, errors)
 
 
-def accuracy_of(evaluate: Evaluate | None, tree: PyTree) -> tuple[float | None, str]:
-    """The accuracy, or what went wrong. A failure must not lose the trials made, so it is data here."""
-    return _answer_of(evaluate, tree, "evaluate", "an accuracy from 0 to 1", lambda x: 0 <= x <= 1)
-
-
-def _divergence_of(divergence: Divergence | None, tree: PyTree) -> tuple[float | None, str]:
-    return _answer_of(divergence, tree, "divergence", "a divergence of 0 or more", lambda x: x >= -_ROUNDING)
-
-
-def _answer_of(
-    function: Callable[[PyTree], Any] | None, tree: PyTree, name: str, wanted: str, fits: Callable[[float], bool]
-) -> tuple[float | None, str]:
-    if function is None:
-        return None, ""
+def answers_of(evaluate: Evaluate | None, tree: PyTree) -> tuple[Answers, str]:
+    """What `evaluate` says, or what went wrong. A failure must not lose the trials made, so it is data here."""
+    if evaluate is None:
+        return Answers(), ""
     try:
-        answer = jax.block_until_ready(function(tree))
+        answer = jax.block_until_ready(evaluate(tree))
     except Exception as error:
-        return None, f"{name} raised {type(error).__name__}: {error}"
+        return Answers(), f"evaluate raised {type(error).__name__}: {error}"
+    if isinstance(answer, Evaluation):
+        found = Answers(answer.top1, answer.kl, answer.agreement)
+    else:
+        found = Answers(_number(answer))
+    if found == Answers() or not _can_be(found):
+        what = f"an Evaluation with {found}" if isinstance(answer, Evaluation) else f"{answer!r:.80}"
+        return Answers(), f"evaluate returned {what}; it must return an accuracy from 0 to 1, or an Evaluation"
+    return found, ""
+
+
+def _can_be(answers: Answers) -> bool:
+    shares = all(share is None or 0 <= share <= 1 for share in (answers.accuracy, answers.agreement))
+    return shares and (answers.kl is None or answers.kl >= -_ROUNDING)
+
+
+def _number(answer: Any) -> float:
     try:
-        number = float(answer)
+        return float(answer)
     except (TypeError, ValueError):
-        number = math.nan
-    if not fits(number):
-        return None, f"{name} returned {answer!r:.80}; it must return {wanted}"
-    return number, ""
+        return math.nan
 
 
-def _above(value: float, limit: float, form: str) -> str:
+def _beyond(value: float, limit: float, form: str) -> str:
     """`value > limit`, with as many digits as it takes to see it."""
     form = next((f for f in (form, ".6g", ".9g") if float(format(value, f)) > limit), ".17g")
     return f"{value:{form}} > {limit:g}"

@@ -91,6 +91,7 @@ class Exam:
         known = evaluate_logits(self.logits(tree, self.known), self.known.labels, None, 5)
         reference = self.logits(self.params, self.compared)
         compared = evaluate_logits(self.logits(tree, self.compared), self.compared.labels, reference, 5)
+        assert known.top1 is not None
         return {
             "accuracy": known.top1,
             "standard_error": math.sqrt(known.top1 * (1 - known.top1) / known.examples),

@@ -1,0 +1,120 @@
+"""Which budget of bits to try next: by halving, or where the figures of those tried say that a limit lies."""
+
+import math
+from typing import NamedTuple
+
+PREDICTED = 5
+"""Budgets that are tried because of predictions, before what is left is halved all the same."""
+_MISSES = 2
+"""Predictions that may turn out wrong before that."""
+
+
+class _Tried(NamedTuple):
+    bits: float
+    held: bool
+    needs: float | None
+
+
+class Budgets:
+    """The smallest budget that holds, within a tolerance of one that does not, assuming that more bits never hurt.
+
+    Args:
+        low, high: the least and the largest budget.
+        tolerance: how near the two are to be, in bits.
+        first: where the limit is expected; `None` where nothing is known.
+        predictable: later trials will say how far off they were.
+
+    Example:
+        >>> budgets, tried = Budgets(2, 8, 0.1, first=4.4), []
+        >>> while (bits := budgets.next()) is not None:
+        ...     tried.append(bits)
+        ...     budgets.tell(bits, held=bits >= 4.37, needs=4.37 - bits)
+        >>> [round(bits, 2) for bits in tried], budgets.held == min(bits for bits in tried if bits >= 4.37)
+        ([4.45, 4.35], True)
+    """
+
+    def __init__(
+        self, low: float, high: float, tolerance: float, first: float | None = None, predictable: bool = False
+    ):
+        self.low, self.high, self._tolerance = low, high, tolerance
+        self._tried: list[_Tried] = []
+        self._expected = first if first is not None else (low + high) / 2 if predictable else None
+        self._misses = 0
+        self._hopes: bool | None = None  # that the last budget proposed holds, or breaks; or none
+
+    @property
+    def held(self) -> float | None:
+        """The smallest budget that held."""
+        return min((tried.bits for tried in self._tried if tried.held), default=None)
+
+    @property
+    def broke(self) -> float | None:
+        """The largest budget that did not."""
+        return max((tried.bits for tried in self._tried if not tried.held), default=None)
+
+    @property
+    def most(self) -> int:
+        """Trials at most."""
+        halvings = math.ceil(math.log2(max((self.high - self.low) / self._tolerance, 1)))
+        return 2 + halvings + (0 if self._expected is None else PREDICTED)
+
+    def tell(self, bits: float, held: bool, needs: float | None = None) -> None:
+        """What came of a budget.
+
+        Args:
+            held: it kept to the limits.
+            needs: how many more bits the limits ask for, below 0 for fewer; `None` if that is unknown.
+        """
+        consistent = needs is not None and math.isfinite(needs) and (needs <= 0) == held
+        self._tried.append(_Tried(bits, held, needs if consistent else None))
+        self._misses += self._hopes is not None and self._hopes != held
+        if self._expected is not None:
+            self._expected = self._crossing()
+
+    def next(self) -> float | None:
+        """The next budget; `None` when nothing is left to find out."""
+        held, broke = self.held, self.broke
+        if held is not None and (held <= self.low or (broke is not None and self._is_near(held - broke))):
+            return None
+        if broke is not None and broke >= self.high:
+            return None
+        low, high = self.low if broke is None else broke, self.high if held is None else held
+        if self._expected is None or self._misses > _MISSES or len(self._tried) >= PREDICTED:
+            self._hopes = None
+            return high if held is None else low if broke is None else (low + high) / 2
+        wanted, self._hopes = self._wanted(self._expected, low, high)
+        if held is None and self._is_near(high - wanted):
+            return high
+        if broke is None and self._is_near(wanted - low):
+            return low
+        return wanted if low < wanted < high else (low + high) / 2
+
+    def _wanted(self, expected: float, low: float, high: float) -> tuple[float, bool]:
+        """A budget on one side of the expected limit, and whether it is the one where it should hold.
+
+        Of one that holds just above the limit it is left to show that fewer bits do not, and the other way around. The
+        steps grow with each prediction that was wrong.
+        """
+        step = self._tolerance * 2**self._misses
+        if self.held is not None and high - expected <= step:
+            return high - step, False
+        if self.broke is not None and expected - low <= step:
+            return low + step, True
+        return expected + step / 2, True
+
+    def _is_near(self, bits: float) -> bool:
+        return bits <= self._tolerance * (1 + 1e-9)
+
+    def _crossing(self) -> float | None:
+        """Where nothing would be missing, from the two trials nearest to that, or from one."""
+        known = sorted((tried for tried in self._tried if tried.needs is not None), key=lambda t: abs(t.needs or 0))
+        if not known:
+            return None
+        nearest = known[0]
+        expected = nearest.bits + (nearest.needs or 0)
+        if len(known) > 1:
+            other = known[1]
+            rate = ((other.needs or 0) - (nearest.needs or 0)) / (other.bits - nearest.bits)
+            if -4 < rate < -0.25:  # a bit more is a bit less that is needed, roughly
+                expected = nearest.bits - (nearest.needs or 0) / rate
+        return min(max(expected, self.low), self.high)
