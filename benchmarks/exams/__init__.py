@@ -68,6 +68,12 @@ class Exam:
     draws: int = 3
     batch: int = 128
 
+    @property
+    def what(self) -> str:
+        """Weights and questions, in words."""
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"{weights:,} weights, {len(self.inputs):,} inputs, {self.draws} draws"
+
     @functools.cached_property
     def reference(self) -> np.ndarray:
         """Log-probabilities of the float network's answers, `[answers, classes]`."""

@@ -38,7 +38,7 @@ def exam(data: Path) -> Exam:
     words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text("utf8").split("\n"))}
     ids = _tokens([f"{who} {what}" for who, what in itertools.product(SUBJECTS, ENDS)], words)
     labels = np.full(len(ids), -1)
-    return Exam("minilm", as_jax(params), similarities, ids, labels, embeddings, "regression", VOCABULARY, 1, len(ids))
+    return Exam("minilm", as_jax(params), similarities, ids, labels, embeddings, "regression", VOCABULARY, 2, len(ids))
 
 
 def similarities(params: Any, ids: jax.Array) -> jax.Array:
