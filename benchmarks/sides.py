@@ -23,7 +23,8 @@ from btc_jax.policy.kinds import order_of
 from btc_jax.tree import decide, flatten
 
 Row = dict[str, Any]
-"""`name`, `budget` (bits that were asked for, of btc_jax), `effective` (bits), `KL`, `worst KL` (99th percentile), `agreement`, `score`, `SQNR dB`."""
+"""`name`, `budget` (bits that btc_jax was asked for), `effective` (bits), `KL`, `worst KL` (99th percentile),
+`agreement`, `score`, `SQNR dB`."""
 
 OURS = {
     "least error of the weights": lambda exam: "equal",
