@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from btc_jax._mesh import constants, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, Order
@@ -17,6 +18,8 @@ from btc_jax.backends import backend_for
 from btc_jax.backends.xla import narrowed, tile_rows
 from btc_jax.blocks import aligned, axes, inverse, join, put, tap_sizes, transformed, unflattened
 from btc_jax.formats import Format
+from btc_jax.formats.base import namespace
+from btc_jax.pieces import at, joined
 from btc_jax.planes import expand, plane_specs, row_layout, spare_rows, unpack_planes
 from btc_jax.seal import broken_seal, changed_arrays, is_intact
 from btc_jax.tiles import filled_up, overlapped
@@ -48,6 +51,80 @@ def unpack(
         return _from_frequencies(decoded, taps, inverse(permutation), dtype)
     # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
     return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
+
+
+def unpack_pieces(
+    planes: Sequence[Any],
+    header: Mapping[str, Any],
+    seal: Any,
+    form: Format,
+    piece: tuple[int, ...],
+    kept: tuple[bool, ...],
+    dtype: Any,
+    order: Order,
+) -> Array:
+    """A leaf that is cut into pieces, each decoded where it lies.
+
+    Args:
+        piece: shape of a piece.
+        kept: of each leading axis of the arrays, whether the leaf is a stack along it.
+    """
+    arrays = constants((tuple(planes), dict(header), seal))
+    seal = arrays[2]
+    if all(map(on_cpu, jax.tree.leaves(arrays))) and not staging() and len(seal.devices()) == 1:
+        host = jax.tree.map(np.asarray, arrays)
+        parts = [_on_host(*at(host, place), form, piece, dtype, order) for place in np.ndindex(seal.shape[:-1])]
+        return like_leaf(joined(np.stack(parts).reshape(*seal.shape[:-1], *piece), kept), seal)
+    return _partitioned(functools.partial(_unpack_pieces, form, piece, kept, jnp.dtype(dtype), order), arrays, kept)
+
+
+def _partitioned(function: Callable[..., Array], arrays: Any, kept: tuple[bool, ...]) -> Array:
+    """`function(*arrays)`, sharded as the seal is along the axes of the grid."""
+    seal = arrays[2]
+    if isinstance(seal, Tracer):
+        return _automatic(function, arrays, kept)
+    place = seal.sharding if isinstance(seal.sharding, NamedSharding) else None
+    out = None if place is None else NamedSharding(place.mesh, PartitionSpec(*tuple(place.spec)[: len(kept)]))
+    return jax.jit(lambda *arrays: _automatic(function, arrays, kept), out_shardings=out)(*arrays)
+
+
+def _automatic(function: Callable[..., Array], arrays: Any, kept: tuple[bool, ...]) -> Array:
+    """In a traced function, whether axes of the mesh are explicit in the types of arrays or not."""
+    sharding = jax.typeof(arrays[2]).sharding
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return function(*arrays)
+    spec = PartitionSpec(*tuple(sharding.spec)[: len(kept)])
+    inside: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=spec)
+    return inside(*arrays)
+
+
+def _unpack_pieces(
+    form: Format,
+    piece: tuple[int, ...],
+    kept: tuple[bool, ...],
+    dtype: Any,
+    order: Order,
+    planes: Sequence[Array],
+    header: Mapping[str, Array],
+    seal: Array,
+) -> Array:
+    def one(planes: Sequence[Array], header: Mapping[str, Array], seal: Array) -> Array:
+        return unpack(planes, header, seal, form, piece, dtype, order)
+
+    for _ in kept:
+        one = jax.vmap(one)
+    return joined(one(planes, header, seal), kept)
+
+
+def widths_of_pieces(form: Format, header: Mapping[str, Any], blocks: int, pieces: tuple[int, ...]) -> Any:
+    """The widths of all blocks, piece by piece, `u8[blocks]`."""
+    if not pieces:
+        return form.unpack_header(header, blocks)[0]
+    xp, count = namespace(next(iter(header.values()))), math.prod(pieces)
+    places = [{name: array.reshape(count, -1)[i] for name, array in header.items()} for i in range(count)]
+    return xp.concatenate([form.unpack_header(place, blocks // count)[0] for place in places])
 
 
 @off_mesh

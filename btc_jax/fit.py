@@ -68,6 +68,11 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
         ValueError: shape or dtype differ, or a packed leaf has another format or order, or more rows.
         TypeError: the format is none of the library's.
     """
+    if like.stacks is not None:
+        raise ValueError(
+            f"{path} is cut into pieces, {like.pieces} along its axes, and leaves of pieces cannot be packed like "
+            "others yet; quantize it on its own, or leave it out of both trees"
+        )
     if (np.shape(leaf), np.dtype(leaf.dtype)) != (like.shape, np.dtype(like.dtype)):
         found, wanted = (f"{np.dtype(x.dtype)}{list(np.shape(x))}" for x in (leaf, like))
         raise ValueError(f"{path} is {found}, and the leaf that it is to be packed like is {wanted}")
@@ -152,6 +157,8 @@ def check_room(room: float) -> None:
 
 def with_room(leaf: BTCTensor, part: float) -> BTCTensor:
     """The leaf with room for more blocks in its planes, at most this part of its bytes, spread over them evenly."""
+    if leaf.stacks is not None:
+        return leaf  # its planes are as long as those of its largest piece
     rows, row_bytes = wanted_rows(leaf.format, np.asarray(leaf.widths)), _row_nbytes(leaf.format)
     more = [int(part * leaf.nbytes / len(rows) / nbytes) for nbytes in row_bytes]
     return _roomy(leaf, [min(count + spare, leaf.num_blocks) for count, spare in zip(rows, more, strict=True)])

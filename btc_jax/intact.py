@@ -31,7 +31,7 @@ def changes(leaf: Any) -> str:
 
 
 def _array_changes(leaf: Any, stack: tuple[int, ...]) -> str:
-    header, planes = _expected(leaf.format, -(-math.prod(leaf.shape) // leaf.format.block_size))
+    header, planes = _expected(leaf.format, -(-math.prod(leaf.piece) // leaf.format.block_size))
     found, wanted = leaf.header | {"seal": leaf.seal}, header | {"seal": (SEAL.shape, SEAL.dtype)}
     if odd := sorted(found.keys() ^ wanted.keys()):
         return f"it has the arrays {sorted(found)}, not {sorted(wanted)}; {odd[0]!r} is in only one of them"

@@ -233,8 +233,9 @@ def tree_metrics(rows: Iterable[LeafRow]) -> TreeMetrics:
 def storage_of(tensor: BTCTensor) -> Storage:
     """What a packed leaf stores."""
     widths = np.asarray(tensor.widths, np.int64)
-    spare = tensor.num_blocks * tensor.format.block_size - tensor.size
-    payload = int(widths.sum()) * tensor.format.block_size - (spare * int(widths[-1]) if spare else 0)
+    last = widths.reshape(math.prod(tensor.pieces), -1)[:, -1:]  # the last block of each piece may be short
+    spare = (tensor.num_blocks * tensor.format.block_size - tensor.size) // math.prod(tensor.pieces)
+    payload = int(widths.sum()) * tensor.format.block_size - spare * int(last.sum())
     header = 8 * sum(array.nbytes for array in tensor.header.values())
     wide = int((widths >= tensor.format.wide_bits).sum())
     return Storage(tensor.size, widths.size, wide, payload, header, tensor.nbytes)

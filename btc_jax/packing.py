@@ -1,10 +1,15 @@
 """One array -> a packed leaf."""
 
+import itertools
+import math
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from btc_jax._mesh import like_leaf, refuse_staging
 from btc_jax._typing import Order
@@ -12,6 +17,7 @@ from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe, pack
+from btc_jax.pieces import Cut, Index, padded, parts_of, shard_shape, stacked
 from btc_jax.seal import SEAL
 from btc_jax.tensor import BTCTensor, is_packed
 
@@ -55,7 +61,43 @@ def quantize_leaf(
 
 def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error | None]:
     """A packed array, and the error of its weights, where it is known: see `Packed`."""
+    if recipe.cut is not None:
+        return packed_pieces(leaf, recipe, recipe.cut, path)
     planes, header, error = pack(leaf, recipe, path)
     planes, header, seal = like_leaf((planes, header, SEAL), leaf)
     dtype = np.dtype(leaf.dtype)
     return BTCTensor(planes, header, np.shape(leaf), dtype, recipe.form, recipe.order, seal), error
+
+
+def packed_pieces(leaf: Any, recipe: Recipe, cut: Cut, path: str) -> tuple[BTCTensor, Error | None]:
+    """A leaf that is cut into pieces, each packed where it lies."""
+    places = {index: i for i, index in enumerate(cut.indices())}
+    found = {index: pack(part, recipe.of_piece(places[index]), path) for index, part in parts_of(leaf, cut).items()}
+    errors = [packed.error for packed in found.values()]
+    error = sum((one for one in errors if one is not None), Error()) if None not in errors else None
+    blocks = -(-math.prod(cut.piece(np.shape(leaf))) // recipe.form.block_size)
+    pieces = padded({index: packed[:2] for index, packed in found.items()}, recipe.form, blocks)
+    planes, header, seal = _placed(pieces, cut, leaf)
+    piece, dtype = cut.piece(np.shape(leaf)), np.dtype(leaf.dtype)
+    return BTCTensor(planes, header, piece, dtype, recipe.form, recipe.order, seal, cut.stacks), error
+
+
+def _placed(pieces: Mapping[Index, Any], cut: Cut, leaf: Any) -> Any:
+    """The arrays of all pieces, with the axes of their grid first, on the devices that have the leaf."""
+    if shard_shape(leaf) == tuple(np.shape(leaf)):
+        return like_leaf(stacked(pieces, cut), leaf)
+    structure = jax.tree.structure(next(iter(pieces.values())))
+    columns = {index: jax.tree.leaves(arrays) for index, arrays in pieces.items()}
+    place = NamedSharding(leaf.sharding.mesh, leaf.sharding.spec)
+
+    def column(i: int) -> jax.Array:
+        shape = columns[next(iter(columns))][i].shape
+
+        def block(where: tuple[slice, ...]) -> np.ndarray:
+            inside = [range(*part.indices(count)[:2]) for part, count in zip(where, cut.pieces, strict=False)]
+            arrays = [columns[index][i] for index in itertools.product(*inside)]
+            return np.stack(arrays).reshape(*map(len, inside), *shape)
+
+        return jax.make_array_from_callback((*cut.pieces, *shape), place, block)
+
+    return structure.unflatten([column(i) for i in range(structure.num_leaves)])

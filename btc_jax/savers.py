@@ -31,7 +31,7 @@ def _to_state(leaf: BTCTensor) -> dict[str, Any]:
         "planes": planes,
         "header": dict(leaf.header),
         "seal": leaf.seal,
-        NAME: _text(leaf.shape, leaf.dtype, leaf.format, leaf.order),
+        NAME: _text(leaf.piece, leaf.dtype, leaf.format, leaf.order, leaf.stacks),
     }
 
 
@@ -39,21 +39,23 @@ def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
     """The leaf that was saved, of whatever format and widths; `target` says of which shape and dtype."""
     if not isinstance(state, dict) or NAME not in state:
         raise ValueError(f"the state of a packed leaf of shape {target.shape} is of another kind of leaf")
-    shape, dtype, form, order = _parsed(state[NAME])
-    if (shape, dtype) != (target.shape, np.dtype(target.dtype)):
-        raise ValueError(f"a packed leaf is {dtype}{list(shape)} in the file, {target.dtype}{list(target.shape)} here")
+    piece, dtype, form, order, stacks = _parsed(state[NAME])
     planes = tuple(state["planes"][str(i)] for i in range(len(state["planes"])))
-    return BTCTensor(planes, dict(state["header"]), shape, dtype, form, order, state["seal"])
+    leaf = BTCTensor(planes, dict(state["header"]), piece, dtype, form, order, state["seal"], stacks)
+    if (leaf.shape, dtype) != (target.shape, np.dtype(target.dtype)):
+        found, here = f"{dtype}{list(leaf.shape)}", f"{target.dtype}{list(target.shape)}"
+        raise ValueError(f"a packed leaf is {found} in the file, {here} here")
+    return leaf
 
 
-def _text(shape: tuple[int, ...], dtype: Any, form: Format, order: str) -> str:
+def _text(piece: tuple[int, ...], dtype: Any, form: Format, order: str, stacks: tuple[int, ...] | None) -> str:
     check_registered(form)
-    return canonical([shape, np.dtype(dtype).name, form.to_json(), order])
+    return canonical([piece, np.dtype(dtype).name, form.to_json(), order, stacks])
 
 
-def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any]:
-    shape, dtype, form, order = json.loads(text)
-    return tuple(shape), np.dtype(dtype), format_from_json(form), order
+def _parsed(text: str) -> tuple[tuple[int, ...], np.dtype, Any, Any, tuple[int, ...] | None]:
+    piece, dtype, form, order, stacks = json.loads(text)
+    return tuple(piece), np.dtype(dtype), format_from_json(form), order, None if stacks is None else tuple(stacks)
 
 
 def _to_bytes(static: Any) -> bytes:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from btc_jax._arraylike import BehavesAsArray
 from btc_jax._typing import Array, Order
-from btc_jax.decoding import on_cpu, unpack
+from btc_jax.decoding import on_cpu, unpack, unpack_pieces, widths_of_pieces
 from btc_jax.formats import Format
 from btc_jax.intact import changes
 from btc_jax.seal import SEAL, changed_arrays
@@ -23,7 +23,7 @@ from btc_jax.seal import SEAL, changed_arrays
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("planes", "header", "seal"),
-    meta_fields=("shape", "dtype", "format", "order"),
+    meta_fields=("piece", "dtype", "format", "order", "stacks"),
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BTCTensor(BehavesAsArray, AxisMetadata):
@@ -38,11 +38,13 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     Attributes:
         planes: the packed codes, most significant bits first, as far as blocks have them; see `btc_jax.planes`.
         header: what each block stores besides its codes, by name; see the format.
-        shape: shape of the leaf.
+        piece: shape of a piece; of the leaf, unless it is cut into pieces: see `btc_jax.pieces`.
         dtype: dtype of the leaf, and of what `dequantize` returns.
         format: what the arrays mean; nothing of how they were made.
         order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
         seal: two numbers that show whether the arrays were changed; see `btc_jax.seal`.
+        stacks: of a leaf that is cut into pieces, the axes along which it is a stack, in the order in which they are
+            mapped over; `None` for one that is whole.
 
     Raises:
         TypeError: if a `jax.tree` function changed the arrays inside: arithmetic, a cast, or `zeros_like`, as in the
@@ -61,17 +63,48 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     # Arrays; but JAX also builds nodes of whatever a function of leaves returned, or of what stands for many leaves.
     planes: Any
     header: Any
-    shape: tuple[int, ...]
+    piece: tuple[int, ...]
     dtype: np.dtype
     format: Format
     order: Order
     seal: Any = dataclasses.field(default_factory=SEAL.copy)
+    stacks: tuple[int, ...] | None = None
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  # as arrays: == compares weights
 
     def __post_init__(self):
         if trouble := changes(self):
             raise TypeError(changed_arrays(self.shape, trouble))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the leaf."""
+        kept, pieces = self.kept, self.pieces
+        if len(kept) != len(pieces):  # no arrays, but what stands for them
+            return self.piece
+        sizes = iter(self.piece)
+        return tuple(count if is_stack else count * next(sizes) for count, is_stack in zip(pieces, kept, strict=True))
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Number of pieces along each axis; empty for a leaf that is whole."""
+        return self._leading[len(self.stack) :]
+
+    @property
+    def _leading(self) -> tuple[int, ...]:
+        return tuple(getattr(self.seal, "shape", ()))[:-1]
+
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """Of each axis that is left of a leaf of pieces, whether it is one of its stacks; empty for a whole leaf.
+
+        `jax.vmap` and `lax.scan` slice stacks, and take their axes away.
+        """
+        if self.stacks is None:
+            return ()
+        whole = len(self.piece) + len(self.stacks)
+        gone = self.stacks[: max(whole - len(self._leading), 0)]
+        return tuple(axis in self.stacks for axis in range(whole) if axis not in gone)
 
     @property
     def ndim(self) -> int:
@@ -83,8 +116,8 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks, the short last one included."""
-        return -(-self.size // self.format.block_size)
+        """Number of blocks, the short last one of each piece included."""
+        return math.prod(self.pieces) * -(-math.prod(self.piece) // self.format.block_size)
 
     @property
     def nbytes(self) -> int:
@@ -98,14 +131,15 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     @property
     def stack(self) -> tuple[int, ...]:
         """Leading axes of packed leaves that were stacked, for `jax.vmap` and `lax.scan` to map over."""
-        return tuple(getattr(self.seal, "shape", ()))[:-1]
+        own = 0 if self.stacks is None else len(self.piece) + len(self.stacks)
+        return self._leading[: max(len(self._leading) - own, 0)]
 
     @property
     def widths(self) -> Array:
         """Bits per weight of each block, `u8[blocks]`."""
         on_host = all(map(on_cpu, self.header.values()))  # then nothing is compiled for their number
         header = jax.tree.map(np.asarray if on_host else jnp.asarray, self.header)
-        widths = self.format.unpack_header(header, self.num_blocks)[0]
+        widths = widths_of_pieces(self.format, header, self.num_blocks, self.pieces)
         return jax.device_put(widths) if on_host else widths
 
     def dequantize(self, dtype: Any = None) -> Array:
@@ -122,7 +156,14 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             )
         self.__post_init__()  # a device may have been computing the arrays before
         dtype = jax.dtypes.canonicalize_dtype(self.dtype if dtype is None else dtype)
-        return unpack(self.planes, self.header, self.seal, self.format, self.shape, dtype, self.order)
+        if self.stacks is None:
+            return unpack(self.planes, self.header, self.seal, self.format, self.piece, dtype, self.order)
+        if len(self.kept) != len(self.pieces):
+            raise TypeError(
+                f"a packed leaf of pieces of shape {self.piece} lost an axis along which it is cut into shards, not "
+                "stacked; say which axes are mapped over when it is quantized: Rule(pattern, stack=0)"
+            )
+        return unpack_pieces(self.planes, self.header, self.seal, self.format, self.piece, self.kept, dtype, self.order)
 
     def __repr__(self) -> str:
         whole = all(hasattr(array, "dtype") for array in jax.tree.leaves(self))
@@ -142,7 +183,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
-        raise TypeError(f"{self!r} cannot be stacked by nn.scan or nn.vmap; decode the tree with btc_dequantize first")
+        return self  # the shape follows from the arrays, which are sliced and stacked already
 
     remove_axis = add_axis
 
@@ -164,6 +205,13 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     def __iter__(self) -> Iterator[Array]:
         return iter(self.dequantize())
 
+    def __getitem__(self, index: Any) -> Array:
+        """As of the decoded array; of a stack of pieces, only the piece asked for is decoded."""
+        if self.kept[:1] == (True,) and not self.stack and is_one_place(index):
+            place = range(self.shape[0])[index] if isinstance(index, int | np.integer) else index
+            return jax.tree.map(lambda array: array[place], self).dequantize()
+        return self.dequantize()[index]
+
     def __jax_array__(self) -> Array:
         return self.dequantize()
 
@@ -172,6 +220,15 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             return self.dequantize().__array__(dtype, copy=copy)
         with jax.ensure_compile_time_eval():  # a leaf that a traced function closes over has values, as arrays there do
             return self.dequantize().__array__(dtype, copy=copy)
+
+
+def is_one_place(index: Any) -> bool:
+    """Whether an index picks one of an axis."""
+    if isinstance(index, bool | np.bool_):
+        return False
+    return isinstance(index, int | np.integer) or (
+        isinstance(index, jax.Array) and index.ndim == 0 and jnp.issubdtype(index.dtype, jnp.integer)
+    )
 
 
 def is_packed(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """Quantize, decode, and do both in one traced call, for whole trees of parameters."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
 from btc_jax.fit import check_room, leaves_like, with_room
 from btc_jax.packing import packed_leaf
+from btc_jax.pieces import Cut, Parts, cut_of
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.policy.training import by_container
 from btc_jax.tensor import is_packed
@@ -238,9 +240,11 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
     Args:
         leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
     """
+    cuts = {how.path: cut_of(leaf, how.stacks) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
     for leaf, how in zip(leaves, decisions, strict=True):
         if how.codec is not None:
-            check_order(how.order, leaf.shape, how.path)
+            cut = cuts[how.path]
+            check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
     taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
     shared = taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
@@ -252,9 +256,16 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
             "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
         )
     if shared:
-        choices = allocate([_item(*pair) for pair in shared], sharing, nbytes_beside=beside)
-        found = {how.path: choice for (_, how), choice in zip(shared, choices, strict=True)}
-    return [how.codec and (found.get(how.tied_to or how.path) or _plain(how.codec, how.order)) for how in decisions]
+        items = [item for leaf, how in shared for item in _items(leaf, how, cuts[how.path])]
+        choices: dict[str, list[Recipe]] = {how.path: [] for _, how in shared}
+        for item, choice in zip(items, allocate(items, sharing, nbytes_beside=beside), strict=True):
+            choices[item.path].append(choice)
+        found = {path: _of_leaf(parts, cuts[path]) for path, parts in choices.items()}
+    recipes = [how.codec and found.get(how.tied_to or how.path) for how in decisions]
+    return [
+        recipe or (how.codec and _plain(how.codec, how.order, cuts[how.path]))
+        for recipe, how in zip(recipes, decisions, strict=True)
+    ]
 
 
 def leaf_nbytes(leaf: Any) -> int:
@@ -282,13 +293,25 @@ def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     return LeafSpec(path, (), None, "", training)
 
 
-def _item(leaf: Any, how: Decision) -> Item:
+def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
+    """The leaf, or each of its pieces."""
     assert how.codec is not None
-    return Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight, how.stack)
+    whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
+    whole = whole._replace(matrix=whole.size // max(how.stack, 1))
+    if cut is None:
+        return [whole]
+    parts = Parts(leaf, cut)
+    piece = whole._replace(shape=cut.piece(leaf.shape))
+    return [piece._replace(read=functools.partial(parts.read, index)) for index in cut.indices()]
 
 
-def _plain(codec: Codec, order: Any) -> Recipe:
-    return Recipe(codec, codec.formats[0], order, codec.slope or 0.0)
+def _of_leaf(parts: Sequence[Recipe], cut: Cut | None) -> Recipe:
+    """The recipe of a leaf from those of its pieces, which have the format and order in common."""
+    return parts[0] if cut is None else parts[0]._replace(cut=cut, slopes=tuple(part.slope for part in parts))
+
+
+def _plain(codec: Codec, order: Any, cut: Cut | None) -> Recipe:
+    return Recipe(codec, codec.formats[0], order, codec.slope or 0.0, cut=cut)
 
 
 def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> tuple[Any, Error | None]:

@@ -12,6 +12,7 @@ from btc_jax.allocate.survey import Survey, stacked
 from btc_jax.codecs import BlockStatistics, Codec, Leaves
 from btc_jax.coding import Recipe
 from btc_jax.formats import Format
+from btc_jax.planes import plane_specs, row_layout
 from btc_jax.sizes import header_nbytes, nbytes_by_width
 from btc_jax.tiles import Blocks
 
@@ -32,9 +33,16 @@ class Costs(NamedTuple):
 
 
 class Matrix:
-    """Some blocks of several leaves that one codec codes into one format."""
+    """Some blocks of several leaves that one codec codes into one format.
 
-    def __init__(self, codec: Codec, form: Format, surveys: Sequence[Survey], level: int):
+    Args:
+        owners: for each leaf the number of the one that it is a piece of, or its own.
+    """
+
+    def __init__(
+        self, codec: Codec, form: Format, surveys: Sequence[Survey], level: int, owners: np.ndarray | None = None
+    ):
+        self._owners = owners if owners is not None and len(np.unique(owners)) < len(owners) else None
         samples = [survey.samples[level] for survey in surveys]
         self._recipe = Recipe(codec, form, "stored")
         self._whole = stacked([survey.whole for survey in surveys])
@@ -64,11 +72,23 @@ class Matrix:
         nbytes, error = np.array(nbytes_by_width(self._recipe.form), np.float64)[widths], noise
         weights = np.maximum(self._whole.count, 1)
         return Costs(
-            self._header + self._leaves.sum(self._share * nbytes),
+            self._header + self._leaves.sum(self._share * nbytes) + self._padding(widths),
             self._leaves.sum(self._share * error) / weights,
             self._leaves.sum(self._variance(nbytes)),
             self._leaves.sum(self._variance(error)) / weights**2,
         )
+
+    def _padding(self, widths: np.ndarray) -> np.ndarray | float:
+        """Bytes of the zeros that fill the planes of each piece up to those of the one that has most."""
+        if self._owners is None:
+            return 0.0
+        form, padding = self._recipe.form, np.zeros(len(self._owners))
+        for spec in plane_specs(form.widths):
+            rows = self._leaves.sum(self._share * (widths >= spec.end))
+            most = np.zeros(int(self._owners.max()) + 1)
+            np.maximum.at(most, self._owners, rows)
+            padding += (most[self._owners] - rows) * row_layout(form.block_size, spec.bits).nbytes
+        return padding
 
     def _spread(self, numbers: np.ndarray) -> np.ndarray:
         return self._leaves.spread(numbers, len(self._share))

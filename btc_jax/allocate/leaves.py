@@ -48,7 +48,8 @@ class LeafSet:
         self.scale = np.array([survey.scale for survey in self._surveys])
         self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
         self.most = np.array([_most(item) for item in items])
-        self._groups = [_Group(codec, places, self._surveys) for codec, places in _alike(items).items()]
+        owners = _owners(items)
+        self._groups = [_Group(codec, places, self._surveys, owners[places]) for codec, places in _alike(items).items()]
 
     def slopes(self, octaves: np.ndarray) -> np.ndarray:
         """Slopes over the mean square of each leaf, from powers of two of those over the square of its scale."""
@@ -83,9 +84,10 @@ class LeafSet:
 class _Group:
     """Leaves that one codec codes."""
 
-    def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey]):
-        self.codec, self.places = codec, places
-        self._matrices = [[Matrix(codec, form, [found[i] for i in places], k) for form in codec.formats] for k in _ALL]
+    def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey], owners: np.ndarray):
+        self.codec, self.places, self._owners = codec, places, owners
+        of_places = [found[i] for i in places]
+        self._matrices = [[Matrix(codec, form, of_places, k, owners) for form in codec.formats] for k in _ALL]
         self._size = np.array([found[i].whole.count for i in places])
 
     def costs(self, slopes: np.ndarray, level: int) -> tuple[list[Format], Costs]:
@@ -96,9 +98,20 @@ class _Group:
         costs = [matrix.costs(own) for matrix in self._matrices[level]]
         if one:
             return list(self.codec.formats) * len(slopes), costs[0]
-        best = np.argmin([cost.error * self._size + slopes * 8 * cost.nbytes for cost in costs], axis=0)
+        sums = [cost.error * self._size + slopes * 8 * cost.nbytes for cost in costs]
+        best = np.argmin([_of_owners(values, self._owners) for values in sums], axis=0)
         chosen = [np.choose(best, [getattr(cost, name) for cost in costs]) for name in Costs._fields]
         return [self.codec.formats[i] for i in best], Costs(*chosen)
+
+
+def _owners(items: Sequence[Item]) -> np.ndarray:
+    """The number of the leaf that each item is, or is a piece of."""
+    return np.unique([item.path for item in items], return_inverse=True)[1].reshape(-1)
+
+
+def _of_owners(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """For each item the sum over all items of the same leaf, in units of none of them."""
+    return np.bincount(owners, values)[owners]
 
 
 def _alike(items: Sequence[Item]) -> dict[Codec, list[int]]:
@@ -116,7 +129,8 @@ def _in_better_order(items: Sequence[Item], found: Sequence[list[Survey]]) -> li
     for codec, places in _alike([items[i] for i in free]).items():
         both = [[found[free[i]][k] for i in places] for k in (0, 1)]
         form = next((f for f in codec.formats if f.widths == (4,)), codec.formats[0])
-        plain, taps = (_lagrangian(codec, form, surveyed) for surveyed in both)
+        owners = _owners([items[free[i]] for i in places])
+        plain, taps = (_of_owners(_lagrangian(codec, form, surveyed), owners) for surveyed in both)
         for i, value, other in zip(places, plain, taps, strict=True):
             if other < _PAYS * value:
                 chosen[free[i]] = found[free[i]][1]

@@ -36,7 +36,7 @@ class Item(NamedTuple):
         order: how its weights run through the blocks.
         free: whether the order may be the one that transforms the taps, if that pays.
         weight: how much its squared error counts beside that of others.
-        stack: how many matrices of one shape it holds.
+        matrix: weights of the matrix that it is, or is a part of; 0 for its own.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Item(NamedTuple):
     order: Order
     free: bool = False
     weight: float = 1.0
-    stack: int = 1
+    matrix: int = 0
 
     @property
     def size(self) -> int:

@@ -28,7 +28,7 @@ def octaves_of_weights(leaves: LeafSet, sensitivities: Sequence[float] | None, b
     """
     if sensitivities is None and not by_shape:
         return np.zeros(len(leaves.items))
-    sizes = leaves.size / [item.stack for item in leaves.items]
+    sizes = np.array([item.matrix or item.size for item in leaves.items])
     shapes = _OF_SIZE * np.log2(np.maximum(sizes, 1)) + _OF_SCALE * _log2(leaves.scale)
     return shapes if sensitivities is None else _TRUST * _log2(np.array(sensitivities)) + (1 - _TRUST) * shapes
 

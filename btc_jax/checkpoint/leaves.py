@@ -22,6 +22,7 @@ from btc_jax.checkpoint.manifest import (
 from btc_jax.checkpoint.packed import arrays_of, check, format_json, from_bytes, stored_nbytes
 from btc_jax.checkpoint.text import canonical
 from btc_jax.formats import format_from_json
+from btc_jax.pieces import Cut
 from btc_jax.tensor import BTCTensor, is_packed
 
 _PYTHON = {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -96,6 +97,8 @@ def _packed(path: str, leaf: BTCTensor) -> LeafRecord:
         error.args = (f"{path or 'the tree'} cannot be saved: {error}",)
         raise
     details = {"codec": format_json(leaf.format), "order": leaf.order}
+    if leaf.stacks is not None:
+        details["cut"] = [list(leaf.pieces), list(leaf.stacks)]
     tensor = packed_tensor(path, stored_nbytes(leaf))
     return LeafRecord(path, "packed", tuple(leaf.shape), np.dtype(leaf.dtype).name, (tensor,), details)
 
@@ -141,7 +144,8 @@ def _read_packed(record: LeafRecord, array: np.ndarray) -> BTCTensor:
     form = format_from_json(written)
     if canonical(form.to_json() | written) != canonical(form.to_json()):
         raise BTCFormatError(f"leaf {record.path!r} has a codec that is not as written")
-    return from_bytes(array, form, record.details["order"], record.shape, dtype_of(record.dtype))
+    cut = Cut(*map(tuple, record.details["cut"])) if "cut" in record.details else None
+    return from_bytes(array, form, record.details["order"], record.shape, dtype_of(record.dtype), cut)
 
 
 _LEAVES = {"packed": _read_packed, "dense": _read_dense, "key": _read_key, "python": _read_python}

@@ -17,6 +17,7 @@ from btc_jax.checkpoint.dtypes import DTYPES, dtype_of
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.text import FORMAT as FORMAT
 from btc_jax.checkpoint.text import VERSION, canonical
+from btc_jax.seal import SEAL
 
 MAX_LEAVES = 2**17
 MAX_DIMENSIONS = 32
@@ -89,8 +90,10 @@ class LeafRecord:
             return [self.path, number, self.shape, self.details["of"]]
         fields = [self.path, number, self.shape, self.tensors[0].crc32c]
         if self.kind == "packed":
-            error = self.details.get("error")
-            return [*fields, self.nbytes, *([[error[name] for name in ERRORS]] if error else [])]
+            error, cut = self.details.get("error"), self.details.get("cut")
+            errors = [error[name] for name in ERRORS] if error else None
+            more = [errors, *cut] if cut else [errors] if error else []
+            return [*fields, self.nbytes, *more]
         return [*fields, *([self.details["origin"]] if "origin" in self.details else [])]
 
 
@@ -230,15 +233,32 @@ def _key(path: str, how: dict[str, Any], shape: Any, crc: Any) -> LeafRecord:
     return LeafRecord(path, "key", shape, how["dtype"], (tensor,), {"impl": how["impl"], "words": how["words"]})
 
 
-def _packed(path: str, how: dict[str, Any], shape: Any, crc: Any, nbytes: Any, *error: Any) -> LeafRecord:
+def _packed(
+    path: str, how: dict[str, Any], shape: Any, crc: Any, nbytes: Any, error: Any = None, *cut: Any
+) -> LeafRecord:
     if type(nbytes) is not int or not 0 <= nbytes < 2**48:
         raise BTCFormatError(f"leaf {path!r} has {str(nbytes)[:60]} bytes")
     details = {"codec": how["codec"], "order": how["order"]}
-    if error:
-        (values,) = error
-        details["error"] = _error(values, path)
+    if error is not None:
+        details["error"] = _error(error, path)
+    if cut:
+        details["cut"] = _cut(*cut, check_shape(shape, path), nbytes, path)
     tensor = packed_tensor(path, nbytes, _checksum(crc, path))
     return LeafRecord(path, "packed", check_shape(shape, path), how["dtype"], (tensor,), details)
+
+
+def _cut(pieces: Any, stacks: Any, shape: tuple[int, ...], nbytes: int, path: str) -> list[list[int]]:
+    """Numbers of pieces and axes of stacks, as they can be for a leaf of this shape."""
+    numbers = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (pieces, stacks))
+    fits = numbers and len(pieces) == len(shape) and len(set(stacks)) == len(stacks)
+    fits = fits and all(axis < len(shape) and pieces[axis] == shape[axis] for axis in stacks)
+    # Every piece has a seal, so that many pieces cannot be in few bytes.
+    fits = fits and all(n and size % n == 0 for n, size in zip(pieces, shape, strict=True))
+    if not fits or math.prod(pieces) * SEAL.nbytes > nbytes:
+        raise BTCFormatError(
+            f"leaf {path!r} is cut into {str(pieces)[:60]} pieces, {str(stacks)[:60]}, which cannot be"
+        )
+    return [pieces, stacks]
 
 
 def _error(values: Any, path: str) -> dict[str, float | None]:

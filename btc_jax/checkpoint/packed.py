@@ -18,6 +18,7 @@ from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.decoding import wrong_rows
 from btc_jax.formats import Format, check_registered, format_from_json
 from btc_jax.intact import changes
+from btc_jax.pieces import Cut, at, padded, stacked
 from btc_jax.planes import plane_specs, row_layout, trimmed
 from btc_jax.seal import SEAL, changed_arrays
 from btc_jax.tensor import BTCTensor
@@ -41,7 +42,7 @@ def check(leaf: BTCTensor) -> None:
             f"it is a stack of {math.prod(leaf.stack)} packed leaves of shape {leaf.shape}; save them one by one, or "
             "decode them before they are stacked (btc_jax.btc_dequantize)"
         )
-    check_format(leaf.order, leaf.shape, np.dtype(leaf.dtype))
+    check_format(leaf.order, leaf.piece, np.dtype(leaf.dtype))
     check_registered(leaf.format)
     if format_from_json(format_json(leaf.format)) != leaf.format:
         raise ValueError(f"its format {leaf.format!r} does not come back from its JSON, {leaf.format.to_json()}")
@@ -53,15 +54,33 @@ def check(leaf: BTCTensor) -> None:
 
 def arrays_of(leaf: BTCTensor) -> list[np.ndarray]:
     """The arrays of a packed leaf as they are stored, in the order of its bytes."""
+    return [np.ascontiguousarray(array) for piece in _pieces(leaf) for array in _arrays_of(piece)]
+
+
+def _arrays_of(leaf: BTCTensor) -> list[Any]:
     header = {name: np.asarray(leaf.header[name]) for name in leaf.format.stored_header(leaf.num_blocks)}
     present = _present(leaf)
     planes = [trimmed(np.asarray(plane), here) for plane, here in zip(leaf.planes, present, strict=False)]
-    arrays = (leaf.seal, *header.values(), *(plane for plane in planes if len(plane)))
-    return [np.ascontiguousarray(array) for array in arrays]
+    return [leaf.seal, *header.values(), *(plane for plane in planes if len(plane))]
+
+
+def _pieces(leaf: BTCTensor) -> Iterator[BTCTensor]:
+    """The pieces of a leaf, on the host; the leaf itself, if it is whole."""
+    if leaf.stacks is None:
+        yield leaf
+        return
+    whole = jax.tree.map(np.asarray, (leaf.planes, leaf.header, leaf.seal))
+    for index in np.ndindex(leaf.pieces):
+        planes, header, seal = at(whole, index)
+        yield BTCTensor(planes, header, leaf.piece, leaf.dtype, leaf.format, leaf.order, seal)
 
 
 def stored_nbytes(leaf: BTCTensor) -> int:
     """Bytes of the arrays, without the room that some planes have: see `btc_jax.fit`."""
+    return sum(_stored_nbytes(piece) for piece in _pieces(leaf))
+
+
+def _stored_nbytes(leaf: BTCTensor) -> int:
     rows = zip(leaf.planes, _present(leaf), strict=False)
     return leaf.nbytes - sum(
         (len(plane) - int(np.count_nonzero(here))) * (plane.nbytes // max(len(plane), 1)) for plane, here in rows
@@ -75,12 +94,32 @@ def _present(leaf: BTCTensor) -> list[np.ndarray]:
     return [widths >= spec.end for spec in plane_specs(leaf.format.widths)]
 
 
-def from_bytes(data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...], dtype: np.dtype) -> BTCTensor:
+def from_bytes(
+    data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...], dtype: np.dtype, cut: Cut | None = None
+) -> BTCTensor:
     """The packed leaf that these bytes hold.
 
     Raises:
         ValueError, TypeError: they do not fit.
     """
+    if cut is None:
+        leaf, rest = _from_bytes(data, form, order, shape, dtype)
+    else:
+        pieces, rest = {}, data
+        for index in cut.indices():
+            leaf, rest = _from_bytes(rest, form, order, cut.piece(shape), dtype)
+            pieces[index] = (leaf.planes, leaf.header)
+        planes, header, seal = stacked(padded(pieces, form, -(-math.prod(cut.piece(shape)) // form.block_size)), cut)
+        leaf = BTCTensor(planes, header, cut.piece(shape), dtype, form, order, seal, cut.stacks)
+    if rest.nbytes:
+        raise ValueError(f"it has {rest.nbytes} bytes more than the widths of its blocks ask for")
+    return leaf
+
+
+def _from_bytes(
+    data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...], dtype: np.dtype
+) -> tuple[BTCTensor, np.ndarray]:
+    """A packed leaf, or a piece, that the bytes begin with, and the rest of them."""
     check_format(order, shape, dtype)
     blocks = -(-math.prod(shape) // form.block_size)
     # No block is stored in less than a bit, so this also keeps a lie from becoming a large number.
@@ -94,9 +133,7 @@ def from_bytes(data: np.ndarray, form: Format, order: Any, shape: tuple[int, ...
         )
     header = {name: bytes_.next(array.shape, array.dtype) for name, array in form.stored_header(blocks).items()}
     planes = tuple(bytes_.next(*plane) for plane in _planes(form, form.unpack_header(header, blocks)[0]))
-    if bytes_.left:
-        raise ValueError(f"it has {bytes_.left} bytes more than the widths of its blocks ask for")
-    return BTCTensor(planes, header, shape, dtype, form, order, seal)
+    return BTCTensor(planes, header, shape, dtype, form, order, seal), data[len(data) - bytes_.left :]
 
 
 def check_format(order: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -119,6 +156,10 @@ def _refuse_without_values(array: Any) -> None:
 
 
 def _wrong_rows(leaf: BTCTensor) -> str:
+    return next(filter(None, map(_wrong_rows_of_piece, _pieces(leaf))), "")
+
+
+def _wrong_rows_of_piece(leaf: BTCTensor) -> str:
     header = {name: np.asarray(array) for name, array in leaf.header.items()}
     return wrong_rows(leaf.planes, leaf.format, leaf.format.unpack_header(header, leaf.num_blocks)[0])
 

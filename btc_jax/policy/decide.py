@@ -60,6 +60,7 @@ class Decision:
         free: the order may become the one that transforms the taps as well, where that pays.
         weight: how much its squared error counts.
         stack: how many matrices of one shape it holds, such as layers stacked for a scan.
+        stacks: the axes along which it is cut into matrices that are packed one by one.
         tied_to: path of the leaf before it that is the same array, and is packed or kept for both; or empty.
     """
 
@@ -70,6 +71,7 @@ class Decision:
     free: bool = False
     weight: float = 1.0
     stack: int = 1
+    stacks: tuple[int, ...] = ()
     tied_to: str = ""
 
 
@@ -139,8 +141,7 @@ class Policy:
         rules = (Rule("*", order=self.order), *self.rules)
         rows = zip(leaves, numbers, _around(leaves, paths), stacks(paths, [leaf.shape for leaf in leaves]), strict=True)
         decisions = [
-            dataclasses.replace(self._decide(leaf, number, rules[number], why), stack=stack)
-            for leaf, number, why, stack in rows
+            _counted(self._decide(leaf, number, rules[number], why), leaf, stack) for leaf, number, why, stack in rows
         ]
         if idle := set(range(1, len(self.rules) + 1)) - set(numbers):
             raise BTCPolicyError(self._why_idle(min(idle), paths, numbers))
@@ -162,7 +163,8 @@ class Policy:
         reason = obstacle or (f"rule {number}" if number else "default")
         order: Order = rule.order or self.order or order_of(leaf.path)
         free = not (number and rule.order)
-        return Decision(leaf.path, None if obstacle else codec, order, reason, free, rule.weight)
+        stacks = () if obstacle else _stack_axes(leaf, rule, number)
+        return Decision(leaf.path, None if obstacle else codec, order, reason, free, rule.weight, stacks=stacks)
 
     def _not_by_default(self, leaf: LeafSpec, codec: Codec | None) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""
@@ -197,6 +199,23 @@ def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
     normalized = normalized_by_linen(paths)
     training = zip(by_path(paths), leaves, strict=True)
     return [found or leaf.training or ("normalized" if leaf.path in normalized else "") for found, leaf in training]
+
+
+def _stack_axes(leaf: LeafSpec, rule: Rule, number: int) -> tuple[int, ...]:
+    assert isinstance(rule.stack, tuple)
+    axes = tuple(axis + len(leaf.shape) if axis < 0 else axis for axis in rule.stack)
+    if len(set(axes)) < len(axes) or not all(0 <= axis < len(leaf.shape) for axis in axes):
+        raise BTCPolicyError(
+            f"rule {number} ({rule.pattern!r}) says that {leaf.path} is a stack along {rule.stack}, and its shape is "
+            f"{list(leaf.shape)}; narrow the pattern, or name axes that it has"
+        )
+    return axes
+
+
+def _counted(decision: Decision, leaf: LeafSpec, stack: int) -> Decision:
+    """With the number of its matrices: along the axes that a rule names, or as far as names and shapes tell."""
+    named = math.prod(leaf.shape[axis] for axis in decision.stacks)
+    return dataclasses.replace(decision, stack=named if decision.stacks else stack)
 
 
 def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:

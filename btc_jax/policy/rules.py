@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from fnmatch import translate
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from btc_jax._errors import Remedied
@@ -55,6 +55,8 @@ class Rule:
             rule that only sets an order or a weight, or packs what the default would leave dense, need not name one.
         order: how their weights run through the blocks, just so; `None` leaves it to the policy.
         weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
+        stack: axes along which matching leaves are stacks of matrices, such as layers for a scan, in the order in which
+            they are mapped over. Each matrix is packed by itself, and the packed leaf can be scanned as the dense one.
 
     Raises:
         BTCPolicyError: if the regular expression is malformed, or an argument is of the wrong kind.
@@ -68,6 +70,7 @@ class Rule:
     codec: Codec | Literal["default"] | None = "default"
     order: Order | None = None
     weight: float = 1.0
+    stack: int | tuple[int, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -77,6 +80,18 @@ class Rule:
                 f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec, 'default' or None"
             )
         check_order(self.order)
+        axes = (
+            (self.stack,)
+            if is_whole(self.stack)
+            else tuple(self.stack)
+            if isinstance(self.stack, list | tuple)
+            else None
+        )
+        if axes is None or not all(is_whole(axis) for axis in axes) or len(set(axes)) < len(axes):
+            raise BTCPolicyError(
+                f"rule {self.pattern!r}: stack is {self.stack!r}; it is an axis, or a tuple of several"
+            )
+        object.__setattr__(self, "stack", axes)
         if not (is_number(self.weight) and 0 < self.weight < math.inf):
             raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
         try:
@@ -134,6 +149,10 @@ def _first(path: str, exact: int, others: Sequence[tuple[int, Rule]]) -> int:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_order(order: str | None) -> None:

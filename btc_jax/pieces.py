@@ -1,0 +1,177 @@
+"""A leaf cut into pieces of one shape, each packed by itself: shards of a mesh, and layers or experts of a stack.
+
+The arrays of such a leaf have one leading axis for each axis of the leaf, as long as there are pieces along it. So they
+are sharded by the same `PartitionSpec`, and `lax.scan` slices them as it slices the leaf. No block crosses a piece.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from btc_jax._typing import PyTree
+from btc_jax.formats import Format
+from btc_jax.planes import fitted, plane_specs, row_layout
+from btc_jax.seal import SEAL
+
+Index = tuple[int, ...]
+
+
+class Cut(NamedTuple):
+    """How a leaf is cut.
+
+    Attributes:
+        pieces: number of pieces along each axis of the leaf.
+        stacks: axes along which the leaf is a stack: of length 1 in a piece, which leaves them out.
+    """
+
+    pieces: tuple[int, ...]
+    stacks: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return math.prod(self.pieces)
+
+    def piece(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a piece of a leaf.
+
+        Example:
+            >>> Cut((12, 1, 4), (0,)).piece((12, 64, 256))
+            (64, 64)
+        """
+        sizes = [size // count for size, count in zip(shape, self.pieces, strict=True)]
+        return tuple(size for axis, size in enumerate(sizes) if axis not in self.stacks)
+
+    def indices(self) -> Iterator[Index]:
+        """The place of each piece, the last axis first."""
+        return itertools.product(*map(range, self.pieces))
+
+    def slices(self, index: Index, shape: tuple[int, ...]) -> tuple[slice | int, ...]:
+        """Where a piece lies in the leaf."""
+        sizes = [size // count for size, count in zip(shape, self.pieces, strict=True)]
+        return tuple(
+            i if axis in self.stacks else slice(i * size, (i + 1) * size)
+            for axis, (i, size) in enumerate(zip(index, sizes, strict=True))
+        )
+
+
+def cut_of(leaf: Any, stacks: tuple[int, ...]) -> Cut | None:
+    """How a leaf is cut: into its shards, if it has several, and along its stacks. `None` for one that is whole."""
+    shape = tuple(leaf.shape)
+    shard = shard_shape(leaf)
+    pieces = tuple(
+        size if axis in stacks else size // part for axis, (size, part) in enumerate(zip(shape, shard, strict=True))
+    )
+    return Cut(pieces, stacks) if stacks or max(pieces, default=1) > 1 else None
+
+
+def shard_shape(leaf: Any) -> tuple[int, ...]:
+    """The shape of what one device holds."""
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(leaf, Tracer) or not isinstance(sharding, NamedSharding) or 0 in leaf.shape:
+        return tuple(leaf.shape)
+    return sharding.shard_shape(tuple(leaf.shape))
+
+
+def parts_of(leaf: Any, cut: Cut) -> Mapping[Index, Any]:
+    """The pieces that this process has: on their devices if the leaf is sharded, else on the host."""
+    shape = tuple(leaf.shape)
+    if shard_shape(leaf) == shape:
+        whole = leaf if isinstance(leaf, jax.Array) and len(leaf.devices()) == 1 else np.asarray(leaf)
+        return {index: whole[cut.slices(index, shape)] for index in cut.indices()}
+    found: dict[Index, Any] = {}
+    for shard in leaf.addressable_shards:
+        inside = [
+            range(*_bounds(part, size, count)) for part, size, count in zip(shard.index, shape, cut.pieces, strict=True)
+        ]
+        first = tuple(places[0] for places in inside)
+        here = Cut(tuple(map(len, inside)), cut.stacks)
+        data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+        for index in itertools.product(*inside):
+            own = tuple(i - start for i, start in zip(index, first, strict=True))
+            found.setdefault(index, data[here.slices(own, shard.data.shape)])
+    return found
+
+
+def _bounds(part: slice, size: int, count: int) -> tuple[int, int]:
+    """The first piece in a part of an axis, and the one after the last."""
+    start, stop, _ = part.indices(size)
+    return start * count // size, stop * count // size
+
+
+class Parts:
+    """The pieces of a leaf, which is read once for those that are asked for in turn, and let go with the last."""
+
+    def __init__(self, leaf: Any, cut: Cut):
+        self._leaf, self._cut, self._parts = leaf, cut, dict[Index, Any]()
+
+    def read(self, index: Index) -> Any:
+        if index not in self._parts:
+            self._parts = dict(parts_of(self._leaf, self._cut))
+        return self._parts.pop(index)
+
+
+def cut_up(leaf: Any, cut: Cut) -> Any:
+    """A leaf that may be traced as `[*pieces, *piece]`."""
+    sizes = [size // count for size, count in zip(leaf.shape, cut.pieces, strict=True)]
+    split = leaf.reshape([n for pair in zip(cut.pieces, sizes, strict=True) for n in pair])
+    ndim = leaf.ndim
+    parts = split.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
+    return parts.reshape(*cut.pieces, *cut.piece(leaf.shape))
+
+
+def joined(parts: Any, stacks: tuple[bool, ...]) -> Any:
+    """Pieces `[*pieces, *piece]` side by side as a leaf.
+
+    Args:
+        stacks: of each axis of the grid, whether the pieces have no axis along it.
+
+    Example:
+        >>> joined(np.zeros((12, 1, 4, 64, 64)), (True, False, False)).shape
+        (12, 64, 256)
+    """
+    permutation, shape, axis = [], [], len(stacks)
+    for i, is_stack in enumerate(stacks):
+        permutation.append(i)
+        shape.append(parts.shape[i])
+        if not is_stack:
+            permutation.append(axis)
+            shape[-1] *= parts.shape[axis]
+            axis += 1
+    return parts.transpose(permutation).reshape(shape)
+
+
+def at(arrays: PyTree, index: Any) -> PyTree:
+    """One piece of arrays with the axes of the grid first."""
+    return jax.tree.map(lambda array: array[index], arrays)
+
+
+def padded(pieces: Mapping[Index, tuple[Any, dict[str, Any]]], form: Format, blocks: int) -> dict[Index, Any]:
+    """Planes, header and seal of each piece, its planes with as many rows as those of the piece that has most.
+
+    What is left over is zeros; planes without rows in any piece are left out.
+
+    Args:
+        blocks: blocks of a piece.
+    """
+    specs, layouts = plane_specs(form.widths), [row_layout(form.block_size, s.bits) for s in plane_specs(form.widths)]
+    counts = [[len(plane) for plane in planes] + [0] * (len(specs) - len(planes)) for planes, _ in pieces.values()]
+    most = [rows for rows in np.max(counts, axis=0, initial=0).tolist() if rows]
+    found = {}
+    for index, (planes, header) in pieces.items():
+        widths = form.unpack_header(header, blocks)[0]
+        empty = [np.zeros((0, layout.runs * layout.words), layout.dtype) for layout in layouts[len(planes) :]]
+        rows = zip([*planes, *empty], specs, most, strict=False)
+        found[index] = (tuple(fitted(plane, widths >= spec.end, count) for plane, spec, count in rows), header, SEAL)
+    return found
+
+
+def stacked(pieces: Mapping[Index, PyTree], cut: Cut) -> PyTree:
+    """The arrays of all pieces as one of each, with the axes of the grid first."""
+    columns = [pieces[index] for index in cut.indices()]
+    return jax.tree.map(lambda *arrays: np.stack(arrays).reshape(*cut.pieces, *arrays[0].shape), *columns)
