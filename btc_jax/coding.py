@@ -163,7 +163,7 @@ def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."
 
 
 def _reconstructed_pieces(leaf: Array, recipe: Recipe, cut: Cut) -> Array:
-    slopes = jnp.asarray(recipe.slopes or [recipe.slope] * cut.count, jnp.float32).reshape(cut.pieces)
+    slopes = jnp.asarray(recipe.slopes or [recipe.slope] * cut.total, jnp.float32).reshape(cut.pieces)
     codec = recipe.codec if recipe.codec.slope is None else dataclasses.replace(recipe.codec, slope=None)  # pyright: ignore
 
     def one(part: Array, slope: Array) -> Array:
