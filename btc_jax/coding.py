@@ -25,6 +25,7 @@ from btc_jax.codecs.statistics import on_host, statistics_of, whole
 from btc_jax.formats import Format
 from btc_jax.pieces import Cut, cut_up, joined, parts_of
 from btc_jax.planes import plane_specs
+from btc_jax.sizes import packed_nbytes, padded_nbytes
 from btc_jax.tiles import Blocks, blocks_in, results
 
 _ONE = Leaves()
@@ -39,8 +40,8 @@ class Recipe(NamedTuple):
         order: how its weights run through the blocks.
         slope: for an adaptive codec, the squared error that saves a bit, over the mean square of its weights.
         rms: the root of that mean square, where it was measured.
-        cut: how the leaf is cut into pieces; `None` for one that is whole.
-        slopes: the slope of each piece, over the mean square of its own weights.
+        cut: how the leaf is cut into pieces, each packed by itself; `None` for one that is whole. The slope of a piece
+            is over the mean square of its own weights.
     """
 
     codec: Codec
@@ -49,11 +50,11 @@ class Recipe(NamedTuple):
     slope: float = 0.0
     rms: float = 0.0
     cut: Cut | None = None
-    slopes: tuple[float, ...] = ()
 
-    def of_piece(self, i: int) -> "Recipe":
-        """How piece `i` is packed."""
-        return self._replace(slope=self.slopes[i] if self.slopes else self.slope, cut=None, slopes=())
+    @property
+    def of_piece(self) -> "Recipe":
+        """How each piece is packed."""
+        return self._replace(cut=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,17 +134,18 @@ def tuned(recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves:
         return {name: np.asarray(value, np.float32) for name, value in setting.items()}
 
 
-def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
-    """How many blocks have each of the widths of the format."""
-    if recipe.cut is None:
-        return _count_widths(leaf, recipe)
-    places = {index: i for i, index in enumerate(recipe.cut.indices())}
-    counts = [_count_widths(part, recipe.of_piece(places[index])) for index, part in parts_of(leaf, recipe.cut).items()]
-    return tuple(map(sum, zip(*counts, strict=True)))
+def nbytes_of(leaf: Any, recipe: Recipe) -> int:
+    """Bytes of the leaf when it is packed."""
+    form, cut = recipe.form, recipe.cut
+    if cut is None:
+        return packed_nbytes(form, math.prod(leaf.shape), count_widths(leaf, recipe))
+    counts = [count_widths(part, recipe.of_piece) for part in parts_of(leaf, cut).values()]
+    return cut.total * padded_nbytes(form, math.prod(cut.piece(leaf.shape)), counts)
 
 
 @off_mesh
-def _count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
+def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
+    """How many blocks have each of the widths of the format."""
     blocks = blocks_in(leaf, recipe.form.block_size, recipe.order)
     setting, _ = surveyed(blocks, recipe)
     counts = np.zeros(9, np.int64)
@@ -155,7 +157,8 @@ def _count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
 def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:
     """What `pack` packed, decoded, in one traced call. Its derivative is the identity (straight-through)."""
     if recipe.cut is not None:
-        return _reconstructed_pieces(leaf, recipe, recipe.cut)
+        cut = recipe.cut
+        return jax.jit(lambda leaf: automatic(lambda leaf: _reconstructed_pieces(leaf, recipe, cut), leaf))(leaf)
     slope, codec = recipe.slope, recipe.codec
     if codec.slope is not None:  # so that another is not another program
         slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
@@ -163,15 +166,12 @@ def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."
 
 
 def _reconstructed_pieces(leaf: Array, recipe: Recipe, cut: Cut) -> Array:
-    slopes = jnp.asarray(recipe.slopes or [recipe.slope] * cut.total, jnp.float32).reshape(cut.pieces)
-    codec = recipe.codec if recipe.codec.slope is None else dataclasses.replace(recipe.codec, slope=None)  # pyright: ignore
-
-    def one(part: Array, slope: Array) -> Array:
-        return _reconstructed(part, slope, codec, recipe.form, recipe.order)
+    def one(part: Array) -> Array:
+        return reconstruct(part, recipe.of_piece)
 
     for _ in cut.pieces:
         one = jax.vmap(one)
-    return joined(one(cut_up(leaf, cut), slopes), tuple(axis in cut.stacks for axis in range(len(cut.pieces))))
+    return joined(one(cut_up(leaf, cut)), tuple(axis in cut.stacks for axis in range(len(cut.pieces))))
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "form", "order"))

@@ -71,9 +71,10 @@ def unpack_pieces(
     """
     arrays = constants((tuple(planes), dict(header), seal))
     seal = arrays[2]
-    if all(map(on_cpu, jax.tree.leaves(arrays))) and not staging() and len(seal.devices()) == 1:
+    if all(map(on_cpu, jax.tree.leaves(arrays))) and not staging() and _is_on_one(seal):
         host = jax.tree.map(np.asarray, arrays)
-        parts = [_on_host(*at(host, place), form, piece, dtype, order) for place in np.ndindex(seal.shape[:-1])]
+        places = [at(host, place) for place in np.ndindex(seal.shape[:-1])]
+        parts = [_on_host(place[0], place[1], place[2], form, piece, dtype, order) for place in places]
         return like_leaf(joined(np.stack(parts).reshape(*seal.shape[:-1], *piece), kept), seal)
     return _partitioned(functools.partial(_unpack_pieces, form, piece, kept, jnp.dtype(dtype), order), arrays, kept)
 
@@ -97,7 +98,8 @@ def _automatic(function: Callable[..., Array], arrays: Any, kept: tuple[bool, ..
         return function(*arrays)
     spec = PartitionSpec(*tuple(sharding.spec)[: len(kept)])
     inside: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=spec)
-    return inside(*arrays)
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return inside(*arrays)
 
 
 def _unpack_pieces(
@@ -218,6 +220,10 @@ def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
         if rows[i] > wanted[i] and spare_rows(np.asarray(plane), widths >= spec.end).any():
             return f"its plane {i} has {rows[i]} rows with codes, and the widths of its blocks ask for {wanted[i]}"
     return ""
+
+
+def _is_on_one(array: Any) -> bool:
+    return isinstance(array, np.ndarray) or len(array.devices()) == 1
 
 
 def on_cpu(array: Any) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from btc_jax import coding
@@ -19,9 +20,11 @@ from btc_jax.codecs.statistics import whole
 from btc_jax.coding import Packed, Recipe
 from btc_jax.decoding import wanted_rows
 from btc_jax.formats import Format
+from btc_jax.packing import placed
+from btc_jax.pieces import Cut, parts_of
 from btc_jax.planes import fitted, plane_specs, row_layout
 from btc_jax.seal import SEAL
-from btc_jax.tensor import BTCTensor, is_packed
+from btc_jax.tensor import BTCTensor, is_packed, pieces_in
 from btc_jax.tiles import Blocks, blocks_in
 
 _LOWEST, _HIGHEST = -26.0, 30.0
@@ -68,14 +71,11 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
         ValueError: shape or dtype differ, or a packed leaf has another format or order, or more rows.
         TypeError: the format is none of the library's.
     """
-    if like.stacks is not None:
-        raise ValueError(
-            f"{path} is cut into pieces, {like.pieces} along its axes, and leaves of pieces cannot be packed like "
-            "others yet; quantize it on its own, or leave it out of both trees"
-        )
     if (np.shape(leaf), np.dtype(leaf.dtype)) != (like.shape, np.dtype(like.dtype)):
         found, wanted = (f"{np.dtype(x.dtype)}{list(np.shape(x))}" for x in (leaf, like))
         raise ValueError(f"{path} is {found}, and the leaf that it is to be packed like is {wanted}")
+    if like.stacks is not None:
+        return _pieces_like(leaf, like, like.stacks, path)
     if not is_packed(leaf):
         leaf = _packed(leaf, like, path)
     if (leaf.format, leaf.order) != (like.format, like.order):
@@ -86,9 +86,27 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
     return _within(leaf, like, path)
 
 
+def _pieces_like(leaf: Any, like: BTCTensor, stacks: tuple[int, ...], path: str) -> BTCTensor:
+    """Each piece of a leaf packed like the one of another in its place."""
+    cut, models = Cut(like.pieces, stacks), pieces_in(like)
+    if is_packed(leaf):
+        if (leaf.pieces, leaf.stacks) != (like.pieces, like.stacks):
+            raise ValueError(
+                f"{path} is cut into {leaf.pieces} pieces, and not into {like.pieces}; quantize its weights"
+            )
+        parts: Mapping[Any, Any] = pieces_in(leaf)
+    else:
+        parts = parts_of(leaf, cut)
+    found = {index: packed_like(part, models[index], path) for index, part in parts.items()}
+    arrays = {index: jax.tree.map(np.asarray, (one.planes, one.header, one.seal)) for index, one in found.items()}
+    planes, header, seal = placed(arrays, cut, leaf.seal if is_packed(leaf) else leaf)
+    return dataclasses.replace(like, planes=planes, header=header, seal=seal)
+
+
 def _refuse_waste(leaves: Iterable[BTCTensor]) -> None:
     """Refuses packed leaves whose planes stay empty for a large part, since they were cut to leaves of another kind."""
-    sizes = [(leaf.nbytes, _spare_nbytes(leaf)) for leaf in leaves]
+    # Planes of pieces are as long as those of the largest one, whatever their own.
+    sizes = [(leaf.nbytes, _spare_nbytes(leaf)) for leaf in leaves if leaf.stacks is None]
     whole, spare = sum(nbytes for nbytes, _ in sizes), sum(nbytes for _, nbytes in sizes)
     if spare > _WASTE * whole:
         raise ValueError(
@@ -157,10 +175,16 @@ def check_room(room: float) -> None:
 
 def with_room(leaf: BTCTensor, part: float) -> BTCTensor:
     """The leaf with room for more blocks in its planes, at most this part of its bytes, spread over them evenly."""
-    if leaf.stacks is not None:
-        return leaf  # its planes are as long as those of its largest piece
-    rows, row_bytes = wanted_rows(leaf.format, np.asarray(leaf.widths)), _row_nbytes(leaf.format)
-    more = [int(part * leaf.nbytes / len(rows) / nbytes) for nbytes in row_bytes]
+    if leaf.stacks is None:
+        return _with_room(leaf, wanted_rows(leaf.format, np.asarray(leaf.widths)), part)
+    found = {index: _with_room(piece, _room(piece), part) for index, piece in pieces_in(leaf).items()}
+    arrays = {index: jax.tree.map(np.asarray, (one.planes, one.header, one.seal)) for index, one in found.items()}
+    planes, header, seal = placed(arrays, Cut(leaf.pieces, leaf.stacks), leaf.seal)
+    return dataclasses.replace(leaf, planes=planes, header=header, seal=seal)
+
+
+def _with_room(leaf: BTCTensor, rows: list[int], part: float) -> BTCTensor:
+    more = [int(part * leaf.nbytes / len(rows) / nbytes) for nbytes in _row_nbytes(leaf.format)]
     return _roomy(leaf, [min(count + spare, leaf.num_blocks) for count, spare in zip(rows, more, strict=True)])
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from btc_jax._mesh import like_leaf, refuse_staging
 from btc_jax._typing import Order
@@ -17,7 +17,7 @@ from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe, pack
-from btc_jax.pieces import Cut, Index, padded, parts_of, shard_shape, stacked
+from btc_jax.pieces import Cut, Index, padded, parts_of, stacked
 from btc_jax.seal import SEAL
 from btc_jax.tensor import BTCTensor, is_packed
 
@@ -71,29 +71,28 @@ def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error 
 
 def packed_pieces(leaf: Any, recipe: Recipe, cut: Cut, path: str) -> tuple[BTCTensor, Error | None]:
     """A leaf that is cut into pieces, each packed where it lies."""
-    places = {index: i for i, index in enumerate(cut.indices())}
-    found = {index: pack(part, recipe.of_piece(places[index]), path) for index, part in parts_of(leaf, cut).items()}
+    found = {index: pack(part, recipe.of_piece, path) for index, part in parts_of(leaf, cut).items()}
     errors = [packed.error for packed in found.values()]
     error = sum((one for one in errors if one is not None), Error()) if None not in errors else None
     blocks = -(-math.prod(cut.piece(np.shape(leaf))) // recipe.form.block_size)
     pieces = padded({index: packed[:2] for index, packed in found.items()}, recipe.form, blocks)
-    planes, header, seal = _placed(pieces, cut, leaf)
+    planes, header, seal = placed(pieces, cut, leaf)
     piece, dtype = cut.piece(np.shape(leaf)), np.dtype(leaf.dtype)
     return BTCTensor(planes, header, piece, dtype, recipe.form, recipe.order, seal, cut.stacks), error
 
 
-def _placed(pieces: Mapping[Index, Any], cut: Cut, leaf: Any) -> Any:
+def placed(pieces: Mapping[Index, Any], cut: Cut, leaf: Any) -> Any:
     """The arrays of all pieces, with the axes of their grid first, on the devices that have the leaf."""
-    if shard_shape(leaf) == tuple(np.shape(leaf)):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated or not isinstance(leaf.sharding, NamedSharding):
         return like_leaf(stacked(pieces, cut), leaf)
     structure = jax.tree.structure(next(iter(pieces.values())))
     columns = {index: jax.tree.leaves(arrays) for index, arrays in pieces.items()}
-    place = NamedSharding(leaf.sharding.mesh, leaf.sharding.spec)
+    place = NamedSharding(leaf.sharding.mesh, PartitionSpec(*tuple(leaf.sharding.spec)[: len(cut.pieces)]))
 
     def column(i: int) -> jax.Array:
         shape = columns[next(iter(columns))][i].shape
 
-        def block(where: tuple[slice, ...]) -> np.ndarray:
+        def block(where: Any) -> np.ndarray:
             inside = [range(*part.indices(count)[:2]) for part, count in zip(where, cut.pieces, strict=False)]
             arrays = [columns[index][i] for index in itertools.product(*inside)]
             return np.stack(arrays).reshape(*map(len, inside), *shape)

@@ -60,14 +60,30 @@ class Cut(NamedTuple):
         )
 
 
-def cut_of(leaf: Any, stacks: tuple[int, ...]) -> Cut | None:
-    """How a leaf is cut: into its shards, if it has several, and along its stacks. `None` for one that is whole."""
+def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...] | None = None) -> Cut | None:
+    """How a leaf is cut: into its shards, along its stacks, and into the pieces asked for. `None` for a whole one.
+
+    Raises:
+        ValueError: a leaf cannot be cut so.
+    """
     shape = tuple(leaf.shape)
-    shard = shard_shape(leaf)
-    pieces = tuple(
-        size if axis in stacks else size // part for axis, (size, part) in enumerate(zip(shape, shard, strict=True))
-    )
-    return Cut(pieces, stacks) if stacks or max(pieces, default=1) > 1 else None
+    if 0 in shape:
+        return None
+    shards = [size // part for size, part in zip(shape, shard_shape(leaf), strict=True)]
+    asked = list(pieces or shards)
+    if len(asked) != len(shape):
+        raise ValueError(
+            f"{path} has the shape {list(shape)}, and {tuple(asked)} pieces are asked for; name one number an axis"
+        )
+    counts = [size if axis in stacks else asked[axis] for axis, size in enumerate(shape)]
+    for axis, (size, count, own) in enumerate(zip(shape, counts, shards, strict=True)):
+        if size % count or count % own:
+            why = f"it has {size} elements" if size % count else f"it lies in {own} shards"
+            raise ValueError(
+                f"{path}: axis {axis} cannot be cut into {count} pieces, since {why}; ask for a number that fits, or "
+                "put the leaf on fewer devices along that axis"
+            )
+    return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 else None
 
 
 def shard_shape(leaf: Any) -> tuple[int, ...]:

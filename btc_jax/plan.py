@@ -11,12 +11,12 @@ from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Target, sharing_of, usual_target
 from btc_jax.codecs import Codec
-from btc_jax.coding import Recipe, count_widths
+from btc_jax.coding import Recipe, nbytes_of
 from btc_jax.formats import Format
 from btc_jax.policy import Decision, Policy
-from btc_jax.sizes import nbytes_of_one_width, packed_nbytes
+from btc_jax.sizes import nbytes_of_one_width
 from btc_jax.tensor import is_packed
-from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
+from btc_jax.tree import choose, cut_by, decide, leaf_nbytes, one_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _weights(rows: Sequence[PlanRow]) -> int:
 def _row(leaf: Any, how: Decision, choice: Recipe | None, before: int) -> PlanRow:
     low = high = 0 if how.tied_to else leaf_nbytes(leaf)
     if how.codec and not how.tied_to:
-        low, high = _packed_range(leaf, how.codec, choice)
+        low, high = _packed_range(leaf, how, choice)
     return PlanRow(
         path=how.path,
         shape=tuple(getattr(leaf, "shape", ())),
@@ -210,10 +210,12 @@ def _codec_of(how: Decision, choice: Recipe | None) -> Codec | None:
     return choice.codec.decided(choice.form, choice.slope, choice.rms)
 
 
-def _packed_range(leaf: Any, codec: Codec, choice: Recipe | None) -> tuple[int, int]:
-    size = math.prod(leaf.shape)
+def _packed_range(leaf: Any, how: Decision, choice: Recipe | None) -> tuple[int, int]:
     if choice:
-        exact = packed_nbytes(choice.form, size, count_widths(leaf, choice))
+        exact = nbytes_of(leaf, choice)
         return exact, exact
-    ends = [nbytes_of_one_width(form, size, form.widths[end]) for form in codec.formats for end in (0, -1)]
+    cut = cut_by(leaf, how)
+    count, size = (cut.total, math.prod(cut.piece(leaf.shape))) if cut else (1, math.prod(leaf.shape))
+    forms = how.codec.formats if how.codec else ()
+    ends = [count * nbytes_of_one_width(form, size, form.widths[end]) for form in forms for end in (0, -1)]
     return min(ends), max(ends)

@@ -33,3 +33,16 @@ def nbytes_by_width(form: Format) -> tuple[int, ...]:
     specs = plane_specs(form.widths)
     rows = [(spec.end, row_layout(form.block_size, spec.bits).nbytes) for spec in specs]
     return tuple(sum(nbytes for end, nbytes in rows if width >= end) for width in range(9))
+
+
+def padded_nbytes(form: Format, size: int, counts: Sequence[Sequence[int]]) -> int:
+    """Bytes of each of several pieces of `size` weights, with planes as long as those of the one that has most.
+
+    Args:
+        counts: for each piece, how many of its blocks are `form.widths[i]` bits wide.
+    """
+    total = header_nbytes(form, size)
+    for spec in plane_specs(form.widths):
+        rows = max(sum(n for n, width in zip(piece, form.widths, strict=True) if width >= spec.end) for piece in counts)
+        total += rows * row_layout(form.block_size, spec.bits).nbytes
+    return total

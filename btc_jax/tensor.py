@@ -17,6 +17,7 @@ from btc_jax._typing import Array, Order
 from btc_jax.decoding import on_cpu, unpack, unpack_pieces, widths_of_pieces
 from btc_jax.formats import Format
 from btc_jax.intact import changes
+from btc_jax.pieces import at
 from btc_jax.seal import SEAL, changed_arrays
 
 
@@ -80,7 +81,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     def shape(self) -> tuple[int, ...]:
         """Shape of the leaf."""
         kept, pieces = self.kept, self.pieces
-        if len(kept) != len(pieces):  # no arrays, but what stands for them
+        if self.stacks is None or len(kept) != len(pieces):  # or no arrays, but what stands for them
             return self.piece
         sizes = iter(self.piece)
         return tuple(count if is_stack else count * next(sizes) for count, is_stack in zip(pieces, kept, strict=True))
@@ -234,3 +235,13 @@ def is_one_place(index: Any) -> bool:
 def is_packed(x: Any) -> bool:
     """Whether `x` is a `BTCTensor`; the `is_leaf` of functions over trees that hold some."""
     return isinstance(x, BTCTensor)
+
+
+def pieces_in(leaf: BTCTensor) -> dict[tuple[int, ...], BTCTensor]:
+    """The pieces of a leaf by their places, each a packed leaf by itself, on the host."""
+    whole = jax.tree.map(np.asarray, (leaf.planes, leaf.header, leaf.seal))
+    found = {}
+    for index in np.ndindex(leaf.pieces):
+        planes, header, seal = at(whole, index)
+        found[index] = BTCTensor(planes, header, leaf.piece, leaf.dtype, leaf.format, leaf.order, seal)
+    return found

@@ -240,7 +240,7 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
     Args:
         leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
     """
-    cuts = {how.path: cut_of(leaf, how.stacks) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
+    cuts = {how.path: cut_by(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
     for leaf, how in zip(leaves, decisions, strict=True):
         if how.codec is not None:
             cut = cuts[how.path]
@@ -266,6 +266,11 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
         recipe or (how.codec and _plain(how.codec, how.order, cuts[how.path]))
         for recipe, how in zip(recipes, decisions, strict=True)
     ]
+
+
+def cut_by(leaf: Any, how: Decision) -> Cut | None:
+    """How a leaf is cut into pieces."""
+    return cut_of(leaf, how.path, how.stacks, how.pieces)
 
 
 def leaf_nbytes(leaf: Any) -> int:
@@ -306,8 +311,9 @@ def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
 
 
 def _of_leaf(parts: Sequence[Recipe], cut: Cut | None) -> Recipe:
-    """The recipe of a leaf from those of its pieces, which have the format and order in common."""
-    return parts[0] if cut is None else parts[0]._replace(cut=cut, slopes=tuple(part.slope for part in parts))
+    """The recipe of a leaf from those of its pieces, which have format, order and slope in common."""
+    rms = math.sqrt(sum(part.rms**2 for part in parts) / len(parts))
+    return parts[0]._replace(cut=cut, rms=rms) if cut else parts[0]
 
 
 def _plain(codec: Codec, order: Any, cut: Cut | None) -> Recipe:
@@ -324,4 +330,5 @@ def _reconstruct(how: Decision, leaf: Any, recipe: Recipe | None) -> Any:
 
 def _rule(how: Decision, recipe: Recipe) -> Rule:
     codec = recipe.codec.decided(recipe.form, recipe.slope, recipe.rms)
-    return Rule(f"re:{re.escape(how.path)}", codec, recipe.order, how.weight)
+    cut = recipe.cut or Cut(())
+    return Rule(f"re:{re.escape(how.path)}", codec, recipe.order, how.weight, cut.stacks, cut.pieces or None)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import btc_jax
-from btc_jax import Multilevel, Policy, Uniform, btc_metrics, btc_quantize, is_packed, load, quantize_leaf, save
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_quantize, is_packed, load, quantize_leaf, save
 
 TARGETS = {
     "bits": {"bits": 4.5},
@@ -159,9 +159,14 @@ def test_on_a_mesh(kind):
     model = btc_quantize({"kernel": placed[0]}, bits=4.5)
     with jax.set_mesh(mesh):
         leaf = btc_quantize({"kernel": placed[1]}, like=model)["kernel"]
-    assert leaf.planes[0].sharding.is_fully_replicated
-    assert len(leaf.devices()) == 8
-    alone = btc_quantize({"kernel": kernels[1]}, like=btc_quantize({"kernel": kernels[0]}, bits=4.5))["kernel"]
+    assert leaf.planes[0].sharding.spec == PartitionSpec("x")
+    assert [plane.shape for plane in leaf.planes] == [plane.shape for plane in model["kernel"].planes]
+    policy = Policy(rules=(Rule("kernel", pieces=(8, 1)),))
+    whole = btc_quantize({"kernel": kernels[0]}, policy=policy, bits=4.5)
+    alone = btc_quantize({"kernel": kernels[1]}, like=whole)["kernel"]
+    roomy = btc_quantize({"kernel": placed[0]}, bits=4.5, room=0.02)["kernel"]
+    assert roomy.nbytes >= model["kernel"].nbytes
+    assert np.array_equal(roomy.dequantize(), model["kernel"].dequantize())
     assert np.array_equal(leaf.dequantize(), alone.dequantize())
 
 

@@ -26,6 +26,7 @@ ROOMS = [
         "formats",
         "planes",
         "sizes",
+        "pieces",
         "codecs",
         "blocks",
         "policy",

@@ -1,4 +1,4 @@
-"""Leaves on meshes of 8 devices, with Auto and Explicit axes: the same packed arrays as from one device."""
+"""Leaves on meshes of 8 devices, with Auto and Explicit axes: as from one device, or piece by piece where they lie."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from btc_jax import (
     Policy,
+    Rule,
     Uniform,
     btc_allocate,
     btc_dequantize,
@@ -29,8 +30,15 @@ AXES = [AxisType.Auto, AxisType.Explicit]
 
 
 @functools.cache
-def on_one_device(target):
-    return btc_quantize(PARAMS, **dict(target))
+def on_one_device(target, pieces=None):
+    """What the tree comes to on one device, in as many pieces as it has shards on a mesh."""
+    rules = (Rule("kernel", pieces=pieces),)
+    return btc_quantize(PARAMS, policy=Policy(rules=rules), **dict(target))
+
+
+def shards_of(spec):
+    """Of the kernel, along both axes."""
+    return tuple({"x": 4, "y": 2, None: 1}[name] for name in (*spec, None, None)[:2])
 
 
 def mesh_of(kind):
@@ -59,14 +67,15 @@ def assert_same_arrays(found, expected):
 def test_a_sharded_tree_is_packed_as_one_on_one_device(kind, spec, set_mesh):
     mesh = mesh_of(kind)
     for target in TARGETS:
-        expected = on_one_device(tuple(target.items()))
+        expected = on_one_device(tuple(target.items()), shards_of(spec))
         with inside(mesh, set_mesh):
             params = on_mesh(mesh, spec)
             found = btc_quantize(params, **target)
             assert_same_arrays(found, expected)
-            whole = NamedSharding(mesh, PartitionSpec())
-            assert all(array.sharding.is_equivalent_to(whole, array.ndim) for array in jax.tree.leaves(found["kernel"]))
+            place = NamedSharding(mesh, spec)
+            assert all(array.sharding.is_equivalent_to(place, array.ndim) for array in jax.tree.leaves(found["kernel"]))
             decoded = btc_dequantize(found)["kernel"]
+            assert decoded.sharding.is_equivalent_to(place, 2)
         np.testing.assert_allclose(decoded, btc_dequantize(expected)["kernel"], rtol=1e-6)
 
 
@@ -75,7 +84,8 @@ def test_a_sharded_tree_is_packed_as_one_on_one_device(kind, spec, set_mesh):
 @pytest.mark.parametrize("kind", AXES, ids=str)
 def test_all_else_works_on_a_sharded_tree(kind, spec, set_mesh):
     mesh = mesh_of(kind)
-    policy = btc_allocate(PARAMS, bits=4.5)
+    cut = Policy(rules=(Rule("kernel", pieces=shards_of(spec)),))
+    policy = btc_allocate(PARAMS, policy=cut, bits=4.5)
     expected = btc_quantize(PARAMS, policy=policy)
     with inside(mesh, set_mesh):
         params = on_mesh(mesh, spec)

@@ -34,6 +34,7 @@ class LeafSet:
 
     Attributes:
         size: weights of each leaf.
+        owners: for each the number of the leaf that it is a piece of, or its own.
         scale, rms: see `Survey`.
         asked: powers of two of the weights that rules give to their errors.
         most: bytes of each if every block were as wide as can be.
@@ -48,14 +49,20 @@ class LeafSet:
         self.scale = np.array([survey.scale for survey in self._surveys])
         self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
         self.most = np.array([_most(item) for item in items])
-        owners = _owners(items)
-        self._groups = [_Group(codec, places, self._surveys, owners[places]) for codec, places in _alike(items).items()]
+        self.owners = _owners(items)
+        self._groups = [
+            _Group(codec, places, self._surveys, self.owners[places]) for codec, places in _alike(items).items()
+        ]
 
     def slopes(self, octaves: np.ndarray) -> np.ndarray:
         """Slopes over the mean square of each leaf, from powers of two of those over the square of its scale."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            own = np.where(self.scale > 0, 2 * np.log2(self.scale / self.rms), 0)
+            own = self.of_leaves(np.where(self.scale > 0, 2 * np.log2(self.scale / self.rms), 0))
         return 2.0 ** (np.round((octaves + own) * _GRAIN) / _GRAIN)
+
+    def of_leaves(self, octaves: np.ndarray) -> np.ndarray:
+        """The mean over the pieces of each leaf: with one slope, relative to each, their planes are of like length."""
+        return _of_owners(octaves * self.size, self.owners) / _of_owners(self.size, self.owners)
 
     def recipes(self, octaves: np.ndarray, level: int) -> list[Recipe]:
         slopes, forms = self.slopes(octaves), self._forms(octaves, level)

@@ -57,7 +57,7 @@ def _own_octaves(leaves: LeafSet, weights: np.ndarray) -> np.ndarray:
     scaled = leaves.scale > 0
     logs = np.log2(np.where(scaled, leaves.scale, 1)) + weights / 2
     middle = (leaves.size * logs)[scaled].sum() / max(leaves.size[scaled].sum(), 1)
-    return np.where(scaled, -2 * (logs - middle), 0.0)
+    return leaves.of_leaves(np.where(scaled, -2 * (logs - middle), 0.0))
 
 
 class _Problem:

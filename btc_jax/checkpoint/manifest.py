@@ -242,13 +242,14 @@ def _packed(
     if error is not None:
         details["error"] = _error(error, path)
     if cut:
-        details["cut"] = _cut(*cut, check_shape(shape, path), nbytes, path)
+        details["cut"] = _cut(cut, check_shape(shape, path), nbytes, path)
     tensor = packed_tensor(path, nbytes, _checksum(crc, path))
     return LeafRecord(path, "packed", check_shape(shape, path), how["dtype"], (tensor,), details)
 
 
-def _cut(pieces: Any, stacks: Any, shape: tuple[int, ...], nbytes: int, path: str) -> list[list[int]]:
+def _cut(cut: Sequence[Any], shape: tuple[int, ...], nbytes: int, path: str) -> list[list[int]]:
     """Numbers of pieces and axes of stacks, as they can be for a leaf of this shape."""
+    pieces, stacks = cut
     numbers = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (pieces, stacks))
     fits = numbers and len(pieces) == len(shape) and len(set(stacks)) == len(stacks)
     fits = fits and all(axis < len(shape) and pieces[axis] == shape[axis] for axis in stacks)

@@ -6,7 +6,7 @@ must come out to the byte. The same checks hold when a leaf is saved and when it
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ from btc_jax.blocks import MAX_TAPS, ORDERS, tap_sizes
 from btc_jax.decoding import wrong_rows
 from btc_jax.formats import Format, check_registered, format_from_json
 from btc_jax.intact import changes
-from btc_jax.pieces import Cut, at, padded, stacked
+from btc_jax.pieces import Cut, padded, stacked
 from btc_jax.planes import plane_specs, row_layout, trimmed
 from btc_jax.seal import SEAL, changed_arrays
-from btc_jax.tensor import BTCTensor
+from btc_jax.tensor import BTCTensor, pieces_in
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,15 +64,9 @@ def _arrays_of(leaf: BTCTensor) -> list[Any]:
     return [leaf.seal, *header.values(), *(plane for plane in planes if len(plane))]
 
 
-def _pieces(leaf: BTCTensor) -> Iterator[BTCTensor]:
+def _pieces(leaf: BTCTensor) -> Iterable[BTCTensor]:
     """The pieces of a leaf, on the host; the leaf itself, if it is whole."""
-    if leaf.stacks is None:
-        yield leaf
-        return
-    whole = jax.tree.map(np.asarray, (leaf.planes, leaf.header, leaf.seal))
-    for index in np.ndindex(leaf.pieces):
-        planes, header, seal = at(whole, index)
-        yield BTCTensor(planes, header, leaf.piece, leaf.dtype, leaf.format, leaf.order, seal)
+    return [leaf] if leaf.stacks is None else pieces_in(leaf).values()
 
 
 def stored_nbytes(leaf: BTCTensor) -> int:

@@ -38,7 +38,9 @@ class Placing:
 def placed(leaf: Any, dense: bool, device: Device | None) -> Any:
     """A leaf of numpy arrays on a device, or decoded there."""
     if is_packed(leaf):
-        target = NamedSharding(device.mesh, PartitionSpec()) if isinstance(device, NamedSharding) else device
+        target = device
+        if isinstance(device, NamedSharding) and leaf.stacks is None:
+            target = NamedSharding(device.mesh, PartitionSpec())
         packed = jax.device_put(leaf, target)
         return jax.device_put(packed.dequantize(), device) if dense else packed
     if isinstance(leaf, np.ndarray) and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:

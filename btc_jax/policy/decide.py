@@ -61,6 +61,7 @@ class Decision:
         weight: how much its squared error counts.
         stack: how many matrices of one shape it holds, such as layers stacked for a scan.
         stacks: the axes along which it is cut into matrices that are packed one by one.
+        pieces: numbers of pieces along its axes, where a rule names them.
         tied_to: path of the leaf before it that is the same array, and is packed or kept for both; or empty.
     """
 
@@ -72,6 +73,7 @@ class Decision:
     weight: float = 1.0
     stack: int = 1
     stacks: tuple[int, ...] = ()
+    pieces: tuple[int, ...] | None = None
     tied_to: str = ""
 
 
@@ -164,7 +166,9 @@ class Policy:
         order: Order = rule.order or self.order or order_of(leaf.path)
         free = not (number and rule.order)
         stacks = () if obstacle else _stack_axes(leaf, rule, number)
-        return Decision(leaf.path, None if obstacle else codec, order, reason, free, rule.weight, stacks=stacks)
+        pieces = None if obstacle else rule.pieces
+        codec = None if obstacle else codec
+        return Decision(leaf.path, codec, order, reason, free, rule.weight, stacks=stacks, pieces=pieces)
 
     def _not_by_default(self, leaf: LeafSpec, codec: Codec | None) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""

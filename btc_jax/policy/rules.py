@@ -57,13 +57,15 @@ class Rule:
         weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
         stack: axes along which matching leaves are stacks of matrices, such as layers for a scan, in the order in which
             they are mapped over. Each matrix is packed by itself, and the packed leaf can be scanned as the dense one.
+        pieces: numbers of pieces along the axes of matching leaves, each packed by itself, so that the packed leaf can
+            be sharded so. `None` for as many as the leaf has shards.
 
     Raises:
         BTCPolicyError: if the regular expression is malformed, or an argument is of the wrong kind.
 
     Example:
         >>> Rule("*/head/*", None), Rule("*/router/*", weight=10.0).codec
-        (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0), 'default')
+        (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0, stack=(), pieces=None), 'default')
     """
 
     pattern: str
@@ -71,6 +73,7 @@ class Rule:
     order: Order | None = None
     weight: float = 1.0
     stack: int | tuple[int, ...] = ()
+    pieces: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
@@ -92,6 +95,12 @@ class Rule:
                 f"rule {self.pattern!r}: stack is {self.stack!r}; it is an axis, or a tuple of several"
             )
         object.__setattr__(self, "stack", axes)
+        pieces = None if self.pieces is None else tuple(self.pieces) if isinstance(self.pieces, list | tuple) else (0,)
+        if pieces and not all(is_whole(count) and count > 0 for count in pieces):
+            raise BTCPolicyError(
+                f"rule {self.pattern!r}: pieces is {self.pieces!r}; it is a tuple of numbers of 1 or more, or None"
+            )
+        object.__setattr__(self, "pieces", pieces)
         if not (is_number(self.weight) and 0 < self.weight < math.inf):
             raise BTCPolicyError(f"rule {self.pattern!r}: weight is {self.weight!r}; it must be a positive number")
         try:

@@ -15,6 +15,7 @@ from btc_jax.formats import Format
 from btc_jax.policy import Decision
 from btc_jax.sizes import nbytes_of_one_width
 from btc_jax.sources import Origin
+from btc_jax.tree import cut_by
 
 _CHECKSUM = "0" * 8
 _LONGEST = 1.234e-100
@@ -50,10 +51,14 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
         return LeafRecord(
             path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), origin_json(getattr(leaf, "origin", None))
         )
-    form = max(how.codec.formats, key=lambda form: _most_nbytes(form, math.prod(shape)))
-    order = (with_taps(shape, how.order) if how.free else None) or how.order
-    tensor = packed_tensor(path, _most_nbytes(form, math.prod(shape)))
+    cut = cut_by(leaf, how)
+    count, piece = (cut.total, cut.piece(shape)) if cut else (1, shape)
+    form = max(how.codec.formats, key=lambda form: _most_nbytes(form, math.prod(piece)))
+    order = (with_taps(piece, how.order) if how.free else None) or how.order
+    tensor = packed_tensor(path, count * _most_nbytes(form, math.prod(piece)))
     details = {"codec": form.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
+    if cut:
+        details["cut"] = [list(cut.pieces), list(cut.stacks)]
     return LeafRecord(path, "packed", shape, dtype, (tensor,), details)
 
 

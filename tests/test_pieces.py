@@ -1,0 +1,453 @@
+"""Leaves in pieces: shards of a mesh and stacks of layers, each packed by itself, used as the dense leaf is."""
+
+import contextlib
+import dataclasses
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, serialization
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from btc_jax import (
+    BTCPolicyError,
+    Codec,
+    Multilevel,
+    Policy,
+    Rule,
+    Uniform,
+    btc_allocate,
+    btc_dequantize,
+    btc_metrics,
+    btc_plan,
+    btc_quantize,
+    btc_reconstruct,
+    compress_file,
+    load,
+    quantize_leaf,
+    restore_file,
+    save,
+    verify,
+)
+from btc_jax.pieces import Cut, cut_up, joined
+from btc_jax.sizes import padded_nbytes
+from tests.test_multilevel import unchecked
+from tests.test_search import as_users_run_it
+
+RNG = np.random.default_rng(0)
+LAYERS, WIDTH = 6, 64
+KINDS = [AxisType.Auto, AxisType.Explicit]
+COLLECTIVES = ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter")
+CODECS = [None, Uniform(threshold=0.0), Uniform(64, threshold=0.05), Multilevel(width="leaf"), Multilevel(width=4)]
+
+
+def stack(*shape, axis=0):
+    """Layers of scales four octaves apart."""
+    scales = np.geomspace(0.01, 0.16, shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return (scales * RNG.standard_normal(shape)).astype(np.float32)
+
+
+def packed_stack(leaf, axis: Any = 0, codec=None, **goal: Any):
+    goal = goal or ({"bits": 4.5} if codec is None or codec.adaptive else {})
+    return btc_quantize({"kernel": leaf}, policy=Policy(codec, (Rule("kernel", stack=axis),)), **goal)["kernel"]
+
+
+def collectives(function, *args):
+    text = jax.jit(function).lower(*args).compile().as_text() or ""
+    return {name for name in COLLECTIVES if f"{name}(" in text or f"{name}-start(" in text}
+
+
+def mesh_of(kind, shape=(2, 4)):
+    devices = jax.devices()[: shape[0] * shape[1]]
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind), devices=devices)
+
+
+def nbytes_of_device(tree, device):
+    shards = (shard for array in jax.tree.leaves(tree) for shard in array.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+# Cuts
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4), st.data())
+def test_a_leaf_is_cut_up_and_joined(sizes, data):
+    stacks = tuple(data.draw(st.sets(st.integers(0, len(sizes) - 1))))
+    pieces = tuple(count for count, _ in sizes)
+    shape = tuple(count * (1 if axis in stacks else size) for axis, (count, size) in enumerate(sizes))
+    cut, leaf = Cut(pieces, stacks), np.arange(np.prod(shape)).reshape(shape)
+    parts = cut_up(leaf, cut)
+    assert np.array_equal(joined(parts, tuple(axis in stacks for axis in range(len(sizes)))), leaf)
+    for index in cut.indices():
+        assert np.array_equal(parts[index], leaf[cut.slices(index, shape)])
+        assert parts[index].shape == cut.piece(shape)
+
+
+# Stacks
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_each_layer_is_packed_by_itself(codec, axis):
+    leaf = np.moveaxis(stack(4, 40, 56), 0, axis)
+    packed = packed_stack(leaf, axis, codec)
+    assert (packed.shape, packed.dtype, packed.ndim, packed.size) == (leaf.shape, leaf.dtype, 3, leaf.size)
+    decoded = np.asarray(packed.dequantize())
+    # Products and sums may be fused otherwise: a unit in the last place of the largest weight.
+    jitted = np.asarray(jax.jit(lambda q: q.dequantize())(packed))
+    np.testing.assert_allclose(jitted, decoded, rtol=0, atol=np.spacing(np.abs(decoded).max()))
+    policy = Policy(codec, (Rule("kernel", stack=axis),))
+    if codec is None or codec.adaptive:
+        policy = btc_allocate({"kernel": leaf}, policy=policy, bits=4.5)
+    alone = policy.rules[0].codec if isinstance(policy.rules[0].codec, Codec) else codec
+    assert isinstance(alone, Codec)
+    for i in range(4):
+        layer = quantize_leaf(np.take(leaf, i, axis), alone, packed.order)
+        assert np.array_equal(np.take(decoded, i, axis), layer.dequantize())
+    for i in range(4):
+        layer, found = np.take(leaf, i, axis), np.take(decoded, i, axis)
+        assert np.linalg.norm(found - layer) < 0.3 * np.linalg.norm(layer)
+
+
+def test_padding_is_in_the_target_and_not_in_the_file(tmp_path):
+    packed = packed_stack(stack(LAYERS, 64, 64))
+    assert 4.4 < 8 * packed.nbytes / packed.size <= 4.5
+    (metrics,) = btc_metrics({"k": stack(LAYERS, 64, 64)}, {"k": packed}).leaves
+    assert metrics.measures is not None
+    assert metrics.measures.effective_bits == 8 * packed.nbytes / packed.size
+    save(tmp_path / "q.safetensors", {"k": packed})
+    assert verify(tmp_path / "q.safetensors").ok
+    with load_checkpoint(tmp_path / "q.safetensors") as checkpoint:
+        assert checkpoint.records["k"].nbytes < packed.nbytes
+    again = load(tmp_path / "q.safetensors")["k"]
+    assert (again.pieces, again.stacks, again.shape) == (packed.pieces, packed.stacks, packed.shape)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(packed), strict=True):
+        assert np.array_equal(a, b)
+
+
+def load_checkpoint(file):
+    from btc_jax import open_checkpoint
+
+    return open_checkpoint(file)
+
+
+def test_a_row_for_every_block_is_not_a_plane_that_is_filled_up():
+    """One layer all wide, one all narrow: the planes of the second are as long, and empty."""
+    rng = np.random.default_rng(1)
+    leaf = np.stack([rng.standard_normal((32, 32)), 1e-3 * rng.standard_normal((32, 32))]).astype(np.float32)
+    packed = packed_stack(leaf, codec=Uniform(64, threshold=0.05))
+    assert packed.planes[1].shape[-2] == 16
+    for i in range(2):
+        assert np.array_equal(packed[i], quantize_leaf(leaf[i], Uniform(64, threshold=0.05)).dequantize())
+
+
+@pytest.mark.parametrize("index", [0, 3, -1, np.int64(2), jnp.int32(1)])
+def test_one_layer_is_decoded_alone(index):
+    packed = packed_stack(stack(LAYERS, 32, 48))
+    assert np.array_equal(packed[index], packed.dequantize()[index])
+    text = jax.jit(lambda q, i: q[i]).lower(packed, 1).compile().memory_analysis()
+    assert text is not None
+    assert text.temp_size_in_bytes < 3 * 4 * 32 * 48
+    assert np.array_equal(packed[1:3, 0], packed.dequantize()[1:3, 0])
+    with pytest.raises(IndexError):
+        packed[LAYERS]
+
+
+def test_stacks_of_stacks():
+    leaf = stack(3, 2, 24, 40)
+    packed = packed_stack(leaf, (0, 1))
+    assert (packed.piece, packed.pieces) == ((24, 40), (3, 2, 1, 1))
+
+    def layer(carry, q):
+        assert q.shape == (2, 24, 40)
+        return carry, jax.vmap(lambda q: q.dequantize())(q)
+
+    assert np.array_equal(jax.lax.scan(layer, 0, packed)[1], packed.dequantize())
+
+
+def scanned(leaf, x):
+    return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, leaf)[0]
+
+
+def test_a_scan_decodes_a_layer_at_a_time():
+    packed, x = packed_stack(stack(12, WIDTH, WIDTH)), jnp.ones((4, WIDTH))
+    assert np.allclose(scanned(packed, x), scanned(packed.dequantize(), x), atol=1e-6)
+    memory = jax.jit(scanned).lower(packed, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 1.5 * 4 * WIDTH * WIDTH
+    gradient = jax.grad(lambda x: jnp.sum(scanned(packed, x)))(x)
+    assert np.allclose(gradient, jax.grad(lambda x: jnp.sum(scanned(packed.dequantize(), x)))(x), atol=1e-5)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return jnp.tanh(nn.Dense(WIDTH)(x)), None
+
+
+class Stacked(nn.Module):
+    axis: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if self.remat else Block
+        options = {"variable_axes": {"params": self.axis}, "split_rngs": {"params": True}, "length": LAYERS}
+        return nn.scan(block, **options)(name="layers")(x)[0]
+
+
+@pytest.mark.parametrize(("axis", "remat"), [(0, False), (1, False), (0, True)])
+def test_linen_scans_it_unmodified(axis, remat):
+    model, x = Stacked(axis, remat), jnp.ones((2, WIDTH))
+    params = model.init(jax.random.key(0), x)["params"]
+    packed = btc_quantize(params, policy=Policy(rules=(Rule("*/kernel", stack=axis),)), bits=4.5)
+    expected: Any = model.apply({"params": btc_dequantize(packed)}, x)
+    for apply in (model.apply, jax.jit(model.apply)):
+        found: Any = apply({"params": packed}, x)
+        assert np.allclose(found, expected, atol=1e-6)
+    memory = jax.jit(model.apply).lower({"params": packed}, x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 1.7 * 4 * WIDTH * WIDTH
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=LAYERS)
+        @nnx.vmap
+        def make(rngs):
+            return nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        self.layers = make(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def forward(x, layer):
+            return jnp.tanh(layer(x))
+
+        return forward(x, self.layers)
+
+
+def test_nnx_scans_it_unmodified():
+    graphdef, state = nnx.split(Net(nnx.Rngs(0)))
+    packed = btc_quantize(state, policy=Policy(rules=(Rule("*/kernel", stack=0),)), bits=4.5)
+    x = jnp.ones((2, WIDTH))
+    expected = nnx.merge(graphdef, btc_dequantize(packed))(x)
+    assert np.allclose(nnx.merge(graphdef, packed)(x), expected, atol=1e-6)
+    assert np.allclose(nnx.jit(lambda m, x: m(x))(nnx.merge(graphdef, packed), x), expected, atol=1e-6)
+
+
+def test_taps_are_those_of_a_piece():
+    ramp = np.linspace(-1, 1, 9).reshape(1, 3, 3, 1, 1) * RNG.standard_normal((4, 1, 1, 16, 32))
+    packed = packed_stack(ramp.astype(np.float32))
+    assert (packed.order, packed.piece) == ("output-major-taps", (3, 3, 16, 32))
+    assert packed_stack(stack(4, 32, 32)).order == "output-major"
+    assert np.linalg.norm(np.asarray(packed.dequantize()) - ramp) < 0.05 * np.linalg.norm(ramp)
+
+
+def test_reconstruction_is_that_of_the_packed_leaf():
+    leaf = jnp.asarray(stack(LAYERS, 32, 48))
+    policy = btc_allocate({"kernel": leaf}, policy=Policy(rules=(Rule("kernel", stack=0),)), bits=4.5)
+    packed = btc_quantize({"kernel": leaf}, policy=policy)["kernel"]
+    assert packed.stacks == (0,)
+    for reconstruct in (btc_reconstruct, jax.jit(btc_reconstruct, static_argnames="policy")):
+        found = reconstruct({"kernel": leaf}, policy=policy)["kernel"]
+        np.testing.assert_allclose(found, packed.dequantize(), rtol=1e-5, atol=1e-7)
+
+
+def test_plans_are_exact():
+    tree, policy = {"kernel": stack(LAYERS, 30, 50)}, Policy(rules=(Rule("kernel", stack=0),))
+    goals: Any = ({"bits": 4.5}, {})
+    for goal in goals:
+        plan = btc_plan(tree, policy=policy, measure=True, **goal)
+        assert plan.bytes_max == btc_quantize(tree, policy=policy, **goal)["kernel"].nbytes
+        vague = btc_plan(tree, policy=policy, **goal)
+        assert vague.bytes_min <= plan.bytes_max <= vague.bytes_max
+    form = Uniform(64).formats[0]
+    assert padded_nbytes(form, 128, [(2, 0), (0, 2)]) == padded_nbytes(form, 128, [(0, 2)])
+
+
+def test_files_of_others_with_stacks(tmp_path):
+    np.savez(tmp_path / "m.npz", kernel=stack(LAYERS, 64, 64))
+    policy = Policy(rules=(Rule("kernel", stack=0),))
+    goals: Any = ({"bits": 4.5}, {"size": 16_000}, {})
+    for goal in goals:
+        done = compress_file(tmp_path / "m.npz", tmp_path / "q.safetensors", policy=policy, **goal)
+        assert done.packed == 1
+        assert load(tmp_path / "q.safetensors")["kernel"].stacks == (0,)
+        assert done.bytes_after <= goal.get("size", 10**9)
+        restored = restore_file(tmp_path / "q.safetensors", tmp_path / "r.safetensors")
+        assert restored.leaves == 1
+
+
+def test_other_savers():
+    packed = packed_stack(stack(3, 32, 32))
+    state = serialization.to_state_dict({"k": packed})
+    state = unchecked(serialization.msgpack_restore)(serialization.msgpack_serialize(state))
+    again = serialization.from_state_dict({"k": packed}, state)["k"]
+    assert (again.stacks, again.shape) == (packed.stacks, packed.shape)
+    assert np.array_equal(again.dequantize(), packed.dequantize())
+    exported = jax.export.export(jax.jit(scanned))(packed, jnp.ones((4, 32)))
+    restored = jax.export.deserialize(exported.serialize())
+    assert np.allclose(restored.call(packed, jnp.ones((4, 32))), scanned(packed, jnp.ones((4, 32))), atol=1e-6)
+
+
+# Shards
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("spec", [("data", "model"), (None, "model"), (("data", "model"),), ("data",)], ids=str)
+@pytest.mark.parametrize("codec", [None, Uniform(64)], ids=str)
+def test_shards_are_packed_where_they_lie(kind, spec, codec):
+    mesh = mesh_of(kind)
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    leaf = jax.device_put(stack(128, 256), place)
+    with jax.set_mesh(mesh) if kind == AxisType.Explicit else contextlib.nullcontext():
+        packed = btc_quantize({"k": leaf}, codec, **({} if codec else {"bits": 4.5}))["k"]
+        for array in jax.tree.leaves(packed):
+            assert array.sharding.is_equivalent_to(place, array.ndim)
+        device = jax.devices()[0]
+        dense = nbytes_of_device(leaf, device)
+        assert nbytes_of_device(packed, device) <= (0.16 if codec is None else 0.28) * dense
+        decoded = packed.dequantize()
+        assert decoded.sharding.is_equivalent_to(place, 2)
+        assert not collectives(lambda q: q.dequantize(), packed)
+        jitted = jax.jit(lambda q: q.dequantize())(packed)
+    assert np.array_equal(jitted, decoded)
+    for shard in leaf.addressable_shards:
+        if codec is not None:
+            alone = quantize_leaf(np.asarray(shard.data), codec).dequantize()
+            assert np.array_equal(alone, np.asarray(decoded)[shard.index])
+
+
+@pytest.mark.parametrize("devices", [(1, 1), (1, 2), (2, 2), (2, 4)])
+def test_pieces_decode_the_same_on_any_number_of_devices(devices):
+    packed = btc_quantize({"k": stack(128, 256)}, policy=Policy(rules=(Rule("k", pieces=(2, 4)),)), bits=4.5)["k"]
+    expected = packed.dequantize()
+    place = NamedSharding(mesh_of(AxisType.Auto, devices), PartitionSpec("data", "model"))
+    moved = jax.device_put(packed, place)  # the spec of the model is a prefix of the packed leaf
+    found = moved.dequantize()
+    assert found.sharding.is_equivalent_to(place, 2)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=np.spacing(np.abs(np.asarray(expected)).max()))
+
+
+def test_tensor_parallel_products_need_no_weights_from_elsewhere():
+    mesh = mesh_of(AxisType.Auto)
+    place, rows = NamedSharding(mesh, PartitionSpec(None, "model")), NamedSharding(mesh, PartitionSpec("data"))
+    packed = btc_quantize({"k": jax.device_put(stack(64, 256), place)}, bits=4.5)["k"]
+    x = jax.device_put(np.ones((8, 64), np.float32), rows)
+    function = jax.jit(lambda q, x: x @ q, in_shardings=(place, rows))
+    assert np.allclose(function(packed, x), np.ones((8, 64), np.float32) @ np.asarray(packed), atol=1e-4)
+    assert not collectives(lambda q, x: x @ q, packed, x)
+
+
+def test_stacks_of_sharded_layers():
+    mesh = mesh_of(AxisType.Auto)
+    place = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
+    leaf = jax.device_put(stack(4, 64, 64), place)
+    packed = packed_stack(leaf)
+    assert (packed.pieces, packed.piece) == ((4, 2, 4), (32, 16))
+    assert packed.dequantize().sharding.is_equivalent_to(place, 3)
+    x = jnp.ones((2, 64))
+    assert np.allclose(jax.jit(scanned)(packed, x), scanned(np.asarray(packed), x), atol=1e-5)
+
+
+def test_boxes_of_linen_inside_a_mesh():
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return nn.Dense(256, kernel_init=init, use_bias=False)(x)
+
+    mesh, model, x = mesh_of(AxisType.Auto), Boxed(), jnp.ones((8, 64))
+    with jax.set_mesh(mesh):
+        params = model.init(jax.random.key(0), x)["params"]
+        place = NamedSharding(mesh, PartitionSpec(None, "model"))
+        params = jax.device_put(params, place)
+        packed = btc_quantize(params, bits=4.5)
+        assert packed["Dense_0"]["kernel"].value.pieces == (1, 4)
+        found = jax.jit(model.apply)({"params": packed}, x)
+        expected: Any = model.apply({"params": btc_dequantize(packed)}, x)
+        assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_a_file_lands_on_a_mesh_in_shards(tmp_path):
+    mesh = mesh_of(AxisType.Auto)
+    place = NamedSharding(mesh, PartitionSpec("data", "model"))
+    packed = btc_quantize({"k": jax.device_put(stack(64, 128), place), "b": np.ones((8, 4, 2), np.int32)}, bits=4.5)
+    save(tmp_path / "q.safetensors", packed)
+    again = load(tmp_path / "q.safetensors", device=lambda path: place if path == "k" else None)["k"]
+    assert all(array.sharding.is_equivalent_to(place, array.ndim) for array in jax.tree.leaves(again))
+    assert np.array_equal(again.dequantize(), packed["k"].dequantize())
+
+
+def test_sisters_of_pieces_share_shapes():
+    policy = Policy(rules=(Rule("kernel", stack=0),))
+    model = btc_quantize({"kernel": stack(LAYERS, 64, 64)}, policy=policy, bits=4.5, room=0.01)
+    sister = btc_quantize({"kernel": stack(LAYERS, 64, 64)}, like=model)
+    assert jax.tree.structure(model) == jax.tree.structure(sister)
+    assert [x.shape for x in jax.tree.leaves(model)] == [x.shape for x in jax.tree.leaves(sister)]
+
+
+# What cannot be
+
+
+def test_cuts_that_cannot_be():
+    tree = {"kernel": stack(6, 64, 64)}
+
+    def refused(message, error=ValueError, tree=tree, **rule):
+        with as_users_run_it(), pytest.raises(error, match=message):
+            btc_quantize(tree, policy=Policy(rules=(Rule("kernel", **rule),)))
+
+    refused(r"kernel: axis 1 cannot be cut into 5 pieces, since it has 64 elements", pieces=(1, 5, 1))
+    refused(r"kernel has the shape \[6, 64, 64\], and \(2, 2\) pieces are asked for", pieces=(2, 2))
+    refused(r"says that kernel is a stack along \(3,\), and its shape is \[6, 64, 64\]", BTCPolicyError, stack=3)
+    refused("stack is 'layers'; it is an axis, or a tuple", BTCPolicyError, stack="layers")
+    refused("stack is 1.5", BTCPolicyError, stack=1.5)
+    refused(r"stack is \(0, 0\)", BTCPolicyError, stack=(0, 0))
+    refused("pieces is .*; it is a tuple of numbers of 1 or more", BTCPolicyError, pieces=(0, 1, 1))
+    sharded = jax.device_put(
+        np.ones((64, 64), np.float32), NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("model"))
+    )
+    refused(r"axis 0 cannot be cut into 2 pieces, since it lies in 4 shards", tree={"kernel": sharded}, pieces=(2, 1))
+
+
+def test_shards_are_no_stack():
+    packed = btc_quantize({"k": stack(64, 64)}, policy=Policy(rules=(Rule("k", pieces=(4, 1)),)))["k"]
+    with pytest.raises(TypeError, match=r"lost an axis along which it is cut into shards.*Rule\(pattern, stack=0\)"):
+        jax.lax.scan(lambda c, q: (c, q.dequantize()), 0, packed)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stacks"),
+    [([7, 1, 1], [0]), ([6, 1], [0]), ([6, 1, 1], [3]), ([6, 1, 1], [0, 0]), ([6, 0, 1], [0]), ([6, 1, 1], "0")],
+)
+def test_forged_cuts_are_refused(tmp_path, pieces, stacks):
+    from btc_jax.checkpoint.errors import BTCFormatError
+    from btc_jax.checkpoint.manifest import _cut
+
+    with pytest.raises(BTCFormatError, match="leaf 'k' is cut into"):
+        _cut([pieces, stacks], (6, 64, 64), 10**6, "k")
+    assert _cut([[6, 1, 2], [0]], (6, 64, 64), 10**6, "k") == [[6, 1, 2], [0]]
+    with pytest.raises(BTCFormatError, match="leaf 'k' is cut into"):
+        _cut([[6, 1, 2], [0]], (6, 64, 64), 47, "k")
+
+
+def test_changed_pieces_are_noticed():
+    packed = packed_stack(stack(3, 32, 32))
+    with pytest.raises(TypeError, match="was changed"):
+        jax.tree.map(lambda array: array + 1, packed).dequantize()
+    rows = [np.asarray(plane).copy() for plane in packed.planes]
+    rows[-1][...] = 0xFFFFFFFF
+    with pytest.raises(TypeError, match=r"was changed: its plane \d has \d+ rows with codes"):
+        dataclasses.replace(packed, planes=tuple(rows)).dequantize()
+
+
+def test_every_grid_has_its_own_places():
+    assert list(Cut((2, 1, 2)).indices()) == list(itertools.product(range(2), range(1), range(2)))
