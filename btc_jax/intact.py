@@ -27,6 +27,11 @@ def changes(leaf: Any) -> str:
     arrays = [leaf.seal, *jax.tree.leaves((leaf.planes, leaf.header), is_leaf=lambda array: array is None)]
     if not (isinstance(leaf.header, dict) and all(isinstance(array, jax.Array | np.ndarray) for array in arrays)):
         return ""
+    if leaf.stacks is None and leaf.seal.shape != SEAL.shape and leaf.seal.ndim <= SEAL.ndim:
+        return (
+            "an axis of its arrays was mapped over, as by a scan over stacked layers. Say which axes are, when it is "
+            "quantized: Rule(pattern, stack=0)"
+        )
     return _array_changes(leaf, leaf.seal.shape[:-1]) or _seal_changes(leaf.seal)
 
 
