@@ -83,7 +83,13 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
                 f"{path}: axis {axis} cannot be cut into {count} pieces, since {why}; ask for a number that fits, or "
                 "put the leaf on fewer devices along that axis"
             )
-    return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 else None
+    return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 or _has_spec(leaf) else None
+
+
+def _has_spec(leaf: Any) -> bool:
+    """Whether axes of a mesh are named for a leaf, if only of one device: the same names are to fit when it is packed."""
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and any(name is not None for name in sharding.spec)
 
 
 def shard_shape(leaf: Any) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from btc_jax.fit import check_room, leaves_like, with_room
 from btc_jax.packing import packed_leaf
 from btc_jax.pieces import Cut, Parts, cut_of
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
+from btc_jax.policy.stacks import named_in_boxes
 from btc_jax.policy.training import by_container
 from btc_jax.tensor import is_packed
 
@@ -230,7 +231,9 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
     """Leaves of a tree, what the policy says of each, and the structure."""
     paths, leaves, treedef = flatten(params)
     training = by_container(params, is_packed)
-    decisions = policy.decide([_spec(*triple) for triple in zip(paths, leaves, training, strict=True)])
+    named = named_in_boxes(params, is_packed)
+    specs = (_spec(*triple) for triple in zip(paths, leaves, training, strict=True))
+    decisions = policy.decide([dataclasses.replace(spec, stacks=named.get(spec.path, ())) for spec in specs])
     return leaves, tie(leaves, decisions), treedef
 
 

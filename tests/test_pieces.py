@@ -29,6 +29,7 @@ from btc_jax import (
     btc_quantize,
     btc_reconstruct,
     compress_file,
+    is_packed,
     load,
     quantize_leaf,
     restore_file,
@@ -215,6 +216,41 @@ def test_linen_scans_it_unmodified(axis, remat):
     memory = jax.jit(model.apply).lower({"params": packed}, x).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes <= 1.7 * 4 * WIDTH * WIDTH
+
+
+def test_boxes_of_linen_name_the_stack(tmp_path):
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return jnp.tanh(nn.Dense(WIDTH, kernel_init=init)(x)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": LAYERS}
+            return nn.scan(Named, metadata_params={nn.PARTITION_NAME: "layers"}, **options)(name="l")(x, None)[0]
+
+    model, x = Model(), jnp.ones((2, WIDTH))
+    params = model.init(jax.random.key(0), x)["params"]
+    packed = btc_quantize(params, bits=4.5)
+    kernel = packed["l"]["Dense_0"]["kernel"]
+    assert (kernel.names, kernel.value.stacks) == (("layers", None, "model"), (0,))
+    expected: Any = model.apply({"params": btc_dequantize(packed)}, x)
+    found: Any = model.apply({"params": packed}, x)
+    assert np.allclose(found, expected, atol=1e-6)
+    save(tmp_path / "q.safetensors", packed)
+    again = load(tmp_path / "q.safetensors")["l"]["Dense_0"]["kernel"]
+    assert (again.names, again.value.stacks) == (kernel.names, kernel.value.stacks)
+    whole = btc_quantize(params, policy=Policy(rules=(Rule("*/kernel", stack=()),)), bits=4.5)
+    assert whole["l"]["Dense_0"]["kernel"].value.stacks is None
+
+
+def test_variables_of_nnx_name_the_stack():
+    variable = nnx.Param(jnp.asarray(stack(4, 32, 48)), out_sharding=("layers", None, "model"), eager_sharding=False)
+    packed = btc_quantize(nnx.State({"kernel": variable}), bits=4.5)
+    leaf = next(leaf for leaf in jax.tree.leaves(packed, is_leaf=is_packed) if is_packed(leaf))
+    assert (leaf.stacks, leaf.shape) == ((0,), (4, 32, 48))
 
 
 class Net(nnx.Module):

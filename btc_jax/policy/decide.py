@@ -32,6 +32,7 @@ class LeafSpec:
         shape: its shape.
         dtype: its dtype; `None` for what is not an array.
         note: why the leaf cannot be quantized whatever the policy says, or empty.
+        stacks: axes that the box around the leaf names as those of layers or experts.
         training: what the containers around the leaf tell that it is to the training of the model, such as "optimizer
             state"; empty for a parameter, or where only the path can tell.
     """
@@ -41,6 +42,7 @@ class LeafSpec:
     dtype: Any
     note: str = ""
     training: str = ""
+    stacks: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -206,11 +208,12 @@ def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
 
 
 def _stack_axes(leaf: LeafSpec, rule: Rule, number: int) -> tuple[int, ...]:
-    assert isinstance(rule.stack, tuple)
-    axes = tuple(axis + len(leaf.shape) if axis < 0 else axis for axis in rule.stack)
+    assert not isinstance(rule.stack, int)
+    named = leaf.stacks if rule.stack is None else rule.stack
+    axes = tuple(axis + len(leaf.shape) if axis < 0 else axis for axis in named)
     if len(set(axes)) < len(axes) or not all(0 <= axis < len(leaf.shape) for axis in axes):
         raise BTCPolicyError(
-            f"rule {number} ({rule.pattern!r}) says that {leaf.path} is a stack along {rule.stack}, and its shape is "
+            f"rule {number} ({rule.pattern!r}) says that {leaf.path} is a stack along {named}, and its shape is "
             f"{list(leaf.shape)}; narrow the pattern, or name axes that it has"
         )
     return axes

@@ -57,6 +57,7 @@ class Rule:
         weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
         stack: axes along which matching leaves are stacks of matrices, such as layers for a scan, in the order in which
             they are mapped over. Each matrix is packed by itself, and the packed leaf can be scanned as the dense one.
+            `None` for those that its box names `layers` or `experts`, if it is in a box.
         pieces: numbers of pieces along the axes of matching leaves, each packed by itself, so that the packed leaf can
             be sharded so. `None` for as many as the leaf has shards.
 
@@ -65,14 +66,14 @@ class Rule:
 
     Example:
         >>> Rule("*/head/*", None), Rule("*/router/*", weight=10.0).codec
-        (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0, stack=(), pieces=None), 'default')
+        (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0, stack=None, pieces=None), 'default')
     """
 
     pattern: str
     codec: Codec | Literal["default"] | None = "default"
     order: Order | None = None
     weight: float = 1.0
-    stack: int | tuple[int, ...] = ()
+    stack: int | tuple[int, ...] | None = None
     pieces: tuple[int, ...] | None = None
 
     def __post_init__(self):
@@ -83,18 +84,13 @@ class Rule:
                 f"rule {self.pattern!r}: codec is {self.codec!r}; it can be a codec, 'default' or None"
             )
         check_order(self.order)
-        axes = (
-            (self.stack,)
-            if is_whole(self.stack)
-            else tuple(self.stack)
-            if isinstance(self.stack, list | tuple)
-            else None
-        )
-        if axes is None or not all(is_whole(axis) for axis in axes) or len(set(axes)) < len(axes):
+        axes: Any = (self.stack,) if is_whole(self.stack) else self.stack
+        fits = axes is None or (isinstance(axes, list | tuple) and all(map(is_whole, axes)))
+        if not fits or len(set(axes or ())) < len(axes or ()):
             raise BTCPolicyError(
                 f"rule {self.pattern!r}: stack is {self.stack!r}; it is an axis, or a tuple of several"
             )
-        object.__setattr__(self, "stack", axes)
+        object.__setattr__(self, "stack", None if axes is None else tuple(axes))
         pieces = None if self.pieces is None else tuple(self.pieces) if isinstance(self.pieces, list | tuple) else (0,)
         if pieces and not all(is_whole(count) and count > 0 for count in pieces):
             raise BTCPolicyError(

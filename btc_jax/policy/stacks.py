@@ -4,11 +4,19 @@ Their matrices count one by one where an error is weighed by the size of its mat
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+from jax.sharding import PartitionSpec
+
+from btc_jax._paths import leaf_path
+from btc_jax._typing import PyTree
 from btc_jax.policy.kinds import kind_of, snake, split_path
 
 _EXPERTS = frozenset(("expert", "experts"))
+_NAMES = frozenset(("layer", "layers", "stack", "stacks", "block", "blocks", *_EXPERTS))
+"""Names of axes along which a leaf is a stack."""
 _VECTORS = frozenset(("bias", "norm", "scale"))
 """Kinds of leaves that have one axis in a layer of their own."""
 
@@ -51,3 +59,29 @@ def _stacked_layers(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> 
         if stacked and len(members) > 1 and min(firsts) > 1:
             found |= {paths[i]: shapes[i][0] for i in members}
     return found
+
+
+def named_in_boxes(tree: PyTree, is_leaf: Callable[[Any], bool]) -> dict[str, tuple[int, ...]]:
+    """The axes that boxes of Linen and variables of NNX name as those of layers or experts, by path of the leaf.
+
+    Boxes that are not there (a tree of plain arrays) tell nothing.
+    """
+    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_leaf(node) or _names_of(node) != ())[0]
+    found = {leaf_path(keys): _stacks(_names_of(node)) for keys, node in boxes if not is_leaf(node)}
+    return {path: stacks for path, stacks in found.items() if stacks}
+
+
+def _names_of(node: Any) -> tuple[Any, ...]:
+    """Names of the axes of the array in a box, without importing what makes such boxes."""
+    kind = type(node).__module__
+    if not kind.startswith("flax."):
+        return ()
+    names = getattr(node, "names", None)
+    if names is None and hasattr(node, "get_metadata"):
+        metadata = node.get_metadata()
+        names = metadata.get("out_sharding") or metadata.get("sharding_names")
+    return tuple(names) if isinstance(names, tuple | list | PartitionSpec) else ()
+
+
+def _stacks(names: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(axis for axis, name in enumerate(names) if isinstance(name, str) and name in _NAMES)
