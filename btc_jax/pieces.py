@@ -87,7 +87,7 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
 
 
 def _has_spec(leaf: Any) -> bool:
-    """Whether axes of a mesh are named for a leaf, if only of one device: the same names are to fit when it is packed."""
+    """Whether axes of a mesh are named for a leaf, if only of one device: the names are to fit when it is packed."""
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and any(name is not None for name in sharding.spec)
 
