@@ -423,6 +423,37 @@ def test_a_file_lands_on_a_mesh_in_shards(tmp_path):
     assert np.array_equal(again.dequantize(), packed["k"].dequantize())
 
 
+def test_an_abstract_tree_says_where_leaves_go(tmp_path):
+    mesh = mesh_of(AxisType.Auto)
+    place, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data", "model"), ()))
+    tree = {"k": jax.device_put(stack(64, 128), place), "b": jax.device_put(np.ones(3, np.float32), whole)}
+    packed = btc_quantize(tree, bits=4.5)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), packed)
+    assert jax.tree.structure(abstract) == jax.tree.structure(packed)
+    save(tmp_path / "q.safetensors", packed)
+    for like in (packed, abstract):
+        again = load(tmp_path / "q.safetensors", like=like)
+        assert again["b"].sharding == whole
+        assert all(array.sharding.is_equivalent_to(place, array.ndim) for array in jax.tree.leaves(again["k"]))
+        assert np.array_equal(again["k"].dequantize(), packed["k"].dequantize())
+    like = {"k": jax.ShapeDtypeStruct((64, 128), np.float32, sharding=place), "b": np.ones(3, np.float32)}
+    dense = load(tmp_path / "q.safetensors", like=like, dense=True)
+    assert dense["k"].sharding == place
+
+
+def test_orbax_restores_shards_into_an_abstract_tree(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    place = NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("data", "model"))
+    packed = btc_quantize({"k": jax.device_put(stack(64, 128), place)}, bits=4.5)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), packed)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "step", packed)
+        checkpointer.wait_until_finished()
+        again = checkpointer.restore(tmp_path / "step", abstract)["k"]
+    assert all(array.sharding.is_equivalent_to(place, array.ndim) for array in jax.tree.leaves(again))
+    assert np.array_equal(again.dequantize(), packed["k"].dequantize())
+
+
 def test_sisters_of_pieces_share_shapes():
     policy = Policy(rules=(Rule("kernel", stack=0),))
     model = btc_quantize({"kernel": stack(LAYERS, 64, 64)}, policy=policy, bits=4.5, room=0.01)

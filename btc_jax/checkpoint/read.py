@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from jax.sharding import NamedSharding, PartitionSpec
+
 from btc_jax._typing import PyTree
 from btc_jax.checkpoint.errors import BTCFormatError, BTCUnknownFormatError
 from btc_jax.checkpoint.opened import Checkpoint as Checkpoint
@@ -12,6 +14,7 @@ from btc_jax.checkpoint.opened import PathLike
 from btc_jax.checkpoint.opened import open_checkpoint as open_checkpoint
 from btc_jax.checkpoint.place import Device, Placing
 from btc_jax.checkpoint.ties import shared
+from btc_jax.tensor import is_packed
 from btc_jax.tree import flatten
 
 
@@ -33,7 +36,8 @@ def load(
 
     Args:
         path: the file, or the index of several.
-        like: a tree of arrays, packed leaves or `jax.ShapeDtypeStruct` with the wanted structure.
+        like: a tree of arrays, packed leaves or `jax.ShapeDtypeStruct` with the wanted structure. Unless `device` says
+            otherwise, leaves go where those of a mesh are in it: a packed leaf in pieces lands in its shards.
         select: globs over paths; the result is then a flat dict of the leaves that match, by path.
         dense: decode packed leaves.
         device: a device or a sharding for all leaves, or a function of the path that returns one or `None`.
@@ -51,6 +55,8 @@ def load(
     with open_checkpoint(path) as checkpoint:
         paths = list(checkpoint.records) if select is None else _selected(checkpoint, select)
         treedef = None if like is None else _fitting(checkpoint, like)
+        if device is None and like is not None:
+            device = _places(like).get
         leaves = checkpoint.leaves(paths, Placing(device, dense, shared(checkpoint.records)), checksums)
         if select is not None:
             return dict(zip(paths, leaves, strict=True))
@@ -110,6 +116,17 @@ def _selected(checkpoint: Checkpoint, select: str | Iterable[str]) -> list[str]:
         some = ", ".join(list(checkpoint.records)[:3])
         raise ValueError(f"select={globs} matches none of the {len(checkpoint.records)} leaves ({some}, ...)")
     return paths
+
+
+def _places(like: PyTree) -> dict[str, NamedSharding]:
+    """The shardings of leaves that are on a mesh, by path."""
+    found = {}
+    for path, leaf in zip(*flatten(like)[:2], strict=True):
+        place = getattr(leaf.seal if is_packed(leaf) else leaf, "sharding", None)
+        if isinstance(place, NamedSharding):
+            rank = len(leaf.pieces) if is_packed(leaf) else len(place.spec)
+            found[path] = NamedSharding(place.mesh, PartitionSpec(*tuple(place.spec)[:rank]))
+    return found
 
 
 def _fitting(checkpoint: Checkpoint, like: PyTree) -> Any:
