@@ -2,9 +2,9 @@
 
     python -m examples.large [--width 768] [--layers 12] [--bits 4.5]
 
-Its weights are random, about 100 million of them: it shows memory and placement. (The answers of random weights are close
-races, which small errors decide; those of trained ones keep much better.) The devices are parts of this CPU, so it runs
-anywhere; on a host with accelerators take out the two lines that ask for them.
+Its weights are random, about 100 million of them: it shows memory and placement. (The answers of random weights are
+close races, which small errors decide; those of trained ones keep much better.) The devices are parts of this CPU, so
+it runs anywhere; on a host with accelerators take out the two lines that ask for them.
 """
 
 import os
