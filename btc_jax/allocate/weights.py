@@ -12,7 +12,7 @@ from btc_jax.allocate.leaves import LeafSet
 
 _OF_SIZE, _OF_SCALE = -0.75, -0.5
 """Powers of the weights of a matrix, and of their scale, by which an error counts where nothing was measured."""
-_TRUST = 0.6
+_TRUST = 0.5
 """Power of a measured sensitivity, beside the rest of that by shape: errors of few bits are too large for a second
 order to tell all, and random inputs are not real ones."""
 _RANGE = 40.0
