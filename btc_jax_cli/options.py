@@ -68,9 +68,9 @@ class How:
     rule: Annotated[
         list[str] | None,
         _option(
-            "PATTERN=dense|packed|BLOCKSIZE|weight:X",
-            "Leave leaves dense, pack them whatever they are, give them another block size, or count their error X "
-            "times. PATTERN is a glob over the whole path, or a regular expression after 're:'. May be repeated; the "
+            "PATTERN=dense|packed|BLOCKSIZE|weight:X|stack:N",
+            "Leave leaves dense, pack them whatever they are, give them another block size, count their error X times, "
+            "or pack the layers along axis N one by one. PATTERN is a glob over the whole path, or a regular expression after 're:'. May be repeated; the "
             "first that matches a leaf decides.",
         ),
     ] = None
@@ -184,7 +184,10 @@ def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
         return Rule(pattern, dataclasses.replace(codec, block_size=int(how)))  # pyright: ignore
     if pattern and how.startswith("weight:"):
         return Rule(pattern, weight=_number(f"--rule {text!r}: weight", how.removeprefix("weight:")))
-    raise ValueError(f"--rule {text!r} is not PATTERN=dense, packed, BLOCKSIZE or weight:X, such as '*/head/*=dense'")
+    if pattern and how.startswith("stack:") and all(axis.isdecimal() for axis in how[6:].split(",")):
+        return Rule(pattern, stack=tuple(map(int, how[6:].split(","))))
+    wanted = "dense, packed, BLOCKSIZE, weight:X or stack:N"
+    raise ValueError(f"--rule {text!r} is not PATTERN={wanted}, such as '*/head/*=dense'")
 
 
 def _sensitivities(file: Path) -> dict[str, Any]:

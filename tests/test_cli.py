@@ -250,6 +250,13 @@ class TestTargets:
         btc_jax.save(tmp_path / "s", {path: np.float32(16 if path == "head.weight" else 1) for path in paths})
         assert bits_of_head("--sensitivity", tmp_path / "s") > bits_of_head("--sensitivity", "equal") + 0.05
 
+    def test_stacks_of_layers(self, tmp_path):
+        save_file({"layers.weight": RNG.standard_normal((3, 64, 64)).astype(np.float32)}, tmp_path / "x.safetensors")
+        as_json("quantize", tmp_path / "x.safetensors", tmp_path / "q", "--bits", 4.5, "--rule", "layers*=stack:0")
+        assert btc_jax.load(tmp_path / "q")["layers.weight"].pieces == (3, 1, 1)
+        wrong = refused("quantize", tmp_path / "x.safetensors", tmp_path / "r", "--rule", "layers*=stack:x")
+        assert "weight:X or stack:N" in wrong
+
     def test_a_measured_plan_is_exact(self, source, tmp_path):
         options = ("--min-size", 1000, "--bits", 4.5)
         vague, exact = as_json("plan", source, *options), as_json("plan", source, *options, "--measure")
