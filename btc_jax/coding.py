@@ -156,27 +156,25 @@ def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
 
 def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:
     """What `pack` packed, decoded, in one traced call. Its derivative is the identity (straight-through)."""
-    if recipe.cut is not None:
-        cut = recipe.cut
-        return jax.jit(lambda leaf: automatic(lambda leaf: _reconstructed_pieces(leaf, recipe, cut), leaf))(leaf)
     slope, codec = recipe.slope, recipe.codec
     if codec.slope is not None:  # so that another is not another program
         slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
-    return _reconstructed(leaf, np.float32(slope), codec, recipe.form, recipe.order)
+    return _reconstructed(leaf, np.float32(slope), codec, recipe.form, recipe.order, recipe.cut)
 
 
-def _reconstructed_pieces(leaf: Array, recipe: Recipe, cut: Cut) -> Array:
-    def one(part: Array) -> Array:
-        return reconstruct(part, recipe.of_piece)
+@functools.partial(jax.jit, static_argnames=("codec", "form", "order", "cut"))
+def _reconstructed(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order, cut: Cut | None) -> Array:
+    def one(leaf: Array) -> Array:
+        return _reconstruct(codec, form, order, leaf, slope)
 
-    for _ in cut.pieces:
-        one = jax.vmap(one)
-    return joined(one(cut_up(leaf, cut)), tuple(axis in cut.stacks for axis in range(len(cut.pieces))))
+    def pieces(leaf: Array) -> Array:
+        assert cut is not None
+        parts = one
+        for _ in cut.pieces:
+            parts = jax.vmap(parts)
+        return joined(parts(cut_up(leaf, cut)), tuple(axis in cut.stacks for axis in range(leaf.ndim)))
 
-
-@functools.partial(jax.jit, static_argnames=("codec", "form", "order"))
-def _reconstructed(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order) -> Array:
-    return automatic(lambda leaf: _reconstruct(codec, form, order, leaf, slope), leaf)
+    return automatic(pieces if cut else one, leaf)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

@@ -76,30 +76,28 @@ def unpack_pieces(
         places = [at(host, place) for place in np.ndindex(seal.shape[:-1])]
         parts = [_on_host(place[0], place[1], place[2], form, piece, dtype, order) for place in places]
         return like_leaf(joined(np.stack(parts).reshape(*seal.shape[:-1], *piece), kept), seal)
-    return _partitioned(functools.partial(_unpack_pieces, form, piece, kept, jnp.dtype(dtype), order), arrays, kept)
-
-
-def _partitioned(function: Callable[..., Array], arrays: Any, kept: tuple[bool, ...]) -> Array:
-    """`function(*arrays)`, sharded as the seal is along the axes of the grid."""
-    seal = arrays[2]
+    what = form, piece, kept, jnp.dtype(dtype), order
     if isinstance(seal, Tracer):
-        return _automatic(function, arrays, kept)
-    place = seal.sharding if isinstance(seal.sharding, NamedSharding) else None
-    out = None if place is None else NamedSharding(place.mesh, PartitionSpec(*tuple(place.spec)[: len(kept)]))
-    return jax.jit(lambda *arrays: _automatic(function, arrays, kept), out_shardings=out)(*arrays)
+        return _unpack_pieces(*what, *arrays)
+    return _program(*what, _place(seal, len(kept)))(*arrays)
 
 
-def _automatic(function: Callable[..., Array], arrays: Any, kept: tuple[bool, ...]) -> Array:
-    """In a traced function, whether axes of the mesh are explicit in the types of arrays or not."""
-    sharding = jax.typeof(arrays[2]).sharding
-    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-    if not explicit:
-        return function(*arrays)
-    spec = PartitionSpec(*tuple(sharding.spec)[: len(kept)])
-    inside: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=spec)
-    with jax.sharding.use_abstract_mesh(sharding.mesh):
-        return inside(*arrays)
+def _place(seal: Array, axes: int) -> NamedSharding | None:
+    """Where the decoded leaf of so many axes is to lie: as the seal does, if that is on a mesh."""
+    place = seal.sharding
+    return NamedSharding(place.mesh, _spec(place, axes)) if isinstance(place, NamedSharding) else None
+
+
+def _spec(sharding: Any, axes: int) -> PartitionSpec:
+    return PartitionSpec(*tuple(sharding.spec)[:axes])
+
+
+@functools.lru_cache(2**10)
+def _program(
+    form: Format, piece: tuple[int, ...], kept: tuple[bool, ...], dtype: Any, order: Order, place: NamedSharding | None
+) -> Callable[..., Array]:
+    """Decodes leaves of pieces that lie on several devices."""
+    return jax.jit(functools.partial(_unpack_pieces, form, piece, kept, dtype, order), out_shardings=place)
 
 
 def _unpack_pieces(
@@ -112,12 +110,25 @@ def _unpack_pieces(
     header: Mapping[str, Array],
     seal: Array,
 ) -> Array:
+    """Of traced arrays, whether axes of the mesh are explicit in their types or not."""
+
     def one(planes: Sequence[Array], header: Mapping[str, Array], seal: Array) -> Array:
         return unpack(planes, header, seal, form, piece, dtype, order)
 
-    for _ in kept:
-        one = jax.vmap(one)
-    return joined(one(planes, header, seal), kept)
+    def whole(planes: Sequence[Array], header: Mapping[str, Array], seal: Array) -> Array:
+        parts = one
+        for _ in kept:
+            parts = jax.vmap(parts)
+        return joined(parts(planes, header, seal), kept)
+
+    sharding = jax.typeof(seal).sharding
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return whole(planes, header, seal)
+    inside: Any = jax.sharding.auto_axes(whole, axes=explicit, out_sharding=_spec(sharding, len(kept)))
+    with jax.sharding.use_abstract_mesh(sharding.mesh):
+        return inside(planes, header, seal)
 
 
 def widths_of_pieces(form: Format, header: Mapping[str, Any], blocks: int, pieces: tuple[int, ...]) -> Any:

@@ -73,7 +73,7 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
     asked = list(pieces or shards)
     if len(asked) != len(shape):
         raise ValueError(
-            f"{path} has the shape {list(shape)}, and {tuple(asked)} pieces are asked for; name one number an axis"
+            f"{path} has the shape {list(shape)}, and {tuple(asked)} pieces are asked for; name a number for each axis"
         )
     counts = [size if axis in stacks else asked[axis] for axis, size in enumerate(shape)]
     for axis, (size, count, own) in enumerate(zip(shape, counts, shards, strict=True)):

@@ -70,8 +70,8 @@ class How:
         _option(
             "PATTERN=dense|packed|BLOCKSIZE|weight:X|stack:N",
             "Leave leaves dense, pack them whatever they are, give them another block size, count their error X times, "
-            "or pack the layers along axis N one by one. PATTERN is a glob over the whole path, or a regular expression "
-            "after 're:'. May be repeated; the first that matches a leaf decides.",
+            "or pack the layers along axis N one by one. PATTERN is a glob over the whole path, or a regular "
+            "expression after 're:'. May be repeated; the first that matches a leaf decides.",
         ),
     ] = None
     min_size: Annotated[

@@ -40,6 +40,7 @@ from btc_jax.pieces import Cut, cut_up, joined
 from btc_jax.sizes import padded_nbytes
 from tests.test_multilevel import unchecked
 from tests.test_search import as_users_run_it
+from tests.test_tiles import compilations
 
 RNG = np.random.default_rng(0)
 LAYERS, WIDTH = 6, 64
@@ -371,6 +372,18 @@ def test_pieces_decode_the_same_on_any_number_of_devices(devices):
     found = moved.dequantize()
     assert found.sharding.is_equivalent_to(place, 2)
     np.testing.assert_allclose(found, expected, rtol=0, atol=np.spacing(np.abs(np.asarray(expected)).max()))
+
+
+def test_a_sharded_leaf_is_decoded_and_reconstructed_by_one_program():
+    place = NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("data", "model"))
+    trees = [{"k": jax.device_put(stack(64, 128), place)} for _ in range(2)]
+    packed = [btc_quantize(tree, Uniform(threshold=0.0)) for tree in trees]
+    packed[0]["k"].dequantize()
+    btc_reconstruct(trees[0], Uniform(threshold=0.0))
+    with compilations() as count:
+        packed[1]["k"].dequantize()
+        btc_reconstruct(trees[1], Uniform(threshold=0.0))
+    assert not count
 
 
 def test_tensor_parallel_products_need_no_weights_from_elsewhere():
