@@ -1,6 +1,7 @@
 """What the rows of all networks come to: ratios of divergences, and the table of the README."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,11 @@ COLUMNS = {
     "minilm": "MiniLM",
     "babyllama": "language model",
 }
+LABELS = {
+    "btc_jax, by shape": "btc_jax",
+    "btc_jax, sensitivities, random inputs": "btc_jax, with `btc_sensitivity`",
+}
+"""Rows of btc_jax in the README."""
 FIRST, *BETTER = (f"btc_jax, {name}" for name in OURS)
 
 
@@ -75,12 +81,21 @@ def markdown(results: Results) -> str:
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     by_network = [{(row["name"], row.get("budget")): row for row in results[network]} for network in networks]
     shared = [key for key in by_network[0] if all(key in rows for rows in by_network)] if networks else []
-    lines += [_line(key[0], [rows[key] for rows in by_network]) for key in shared]
+    shown = [key for key in shared if key[0] in LABELS or not key[0].startswith("btc_jax")]
+    lines += [
+        _line(key[0], [rows[key] for rows in by_network]) for key in sorted(shown, key=lambda k: _place(k, by_network))
+    ]
     return "\n".join(lines)
 
 
+def _place(key: tuple[str, float | None], by_network: Sequence[Mapping[Any, Row]]) -> tuple[float, bool, str]:
+    """By bits, and btc_jax first among those of the same."""
+    bits = key[1] or round(by_network[0][key]["effective"], 1)
+    return round(bits, 1), key[0] not in LABELS, key[0]
+
+
 def _line(name: str, rows: Sequence[Row]) -> str:
-    ours = name.startswith("btc_jax")
+    ours = name in LABELS
     figures = [f"{rows[0]['effective']:.2f}", *(f"{row['KL']:.4f}" for row in rows)]
     figures += [f"{row['SQNR dB']:.1f}" for row in rows[-2:]]
-    return f"| {f'**{name}**' if ours else name} | {' | '.join(figures)} |"
+    return f"| {f'**{LABELS[name]}**' if ours else name} | {' | '.join(figures)} |"

@@ -108,7 +108,7 @@ def test_tables_and_figure(tmp_path):
     assert row["resnet20-paper"] == pytest.approx(1.8)
     head, line, *body = markdown(results).splitlines()
     assert {text.count("|") for text in (head, line, *body)} == {head.count("|")}
-    assert len(body) == 15
+    assert len(body) == 9
     draw(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
