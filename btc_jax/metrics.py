@@ -20,8 +20,9 @@ from btc_jax._typing import PyTree
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error
 from btc_jax.policy import BTCPolicyError, Decision, Policy
+from btc_jax.sizes import leaf_nbytes
 from btc_jax.tensor import BTCTensor, is_packed
-from btc_jax.tree import decide, flatten, leaf_nbytes, one_policy
+from btc_jax.tree import decide, flatten, one_policy
 
 _CACHEFUL = 2**16
 """Weights compared at once."""

@@ -10,13 +10,14 @@ import jax
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Target, sharing_of, usual_target
+from btc_jax.choices import choose, cut_by
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe, nbytes_of
 from btc_jax.formats import Format
 from btc_jax.policy import Decision, Policy
-from btc_jax.sizes import nbytes_of_one_width
+from btc_jax.sizes import leaf_nbytes, nbytes_of_one_width
 from btc_jax.tensor import is_packed
-from btc_jax.tree import choose, cut_by, decide, leaf_nbytes, one_policy
+from btc_jax.tree import decide, one_policy
 
 
 @dataclasses.dataclass(frozen=True)

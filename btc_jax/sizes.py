@@ -3,6 +3,10 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
 
 from btc_jax.formats import Format
 from btc_jax.planes import plane_specs, row_layout
@@ -46,3 +50,10 @@ def padded_nbytes(form: Format, size: int, counts: Sequence[Sequence[int]]) -> i
         rows = max(sum(n for n, width in zip(piece, form.widths, strict=True) if width >= spec.end) for piece in counts)
         total += rows * row_layout(form.block_size, spec.bits).nbytes
     return total
+
+
+def leaf_nbytes(leaf: Any) -> int:
+    """Bytes of the array or packed leaf; 0 for what is neither."""
+    if hasattr(leaf, "nbytes"):
+        return int(leaf.nbytes)
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0

@@ -1,11 +1,8 @@
 """Quantize, decode, and do both in one traced call, for whole trees of parameters."""
 
 import dataclasses
-import functools
-import math
 import re
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
@@ -13,7 +10,6 @@ import numpy as np
 from jax.core import Tracer
 
 from btc_jax import coding
-from btc_jax._errors import ArgumentError
 from btc_jax._mesh import staging
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
@@ -22,13 +18,13 @@ from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Goal, Item, Sharing, allocate, sharing_of
-from btc_jax.blocks import check_order
+from btc_jax.allocate import Goal, Sharing, sharing_of
+from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
 from btc_jax.fit import check_room, leaves_like, with_room
 from btc_jax.packing import packed_leaf
-from btc_jax.pieces import Cut, Parts, cut_of
+from btc_jax.pieces import Cut
 from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
 from btc_jax.policy.stacks import named_in_boxes
 from btc_jax.policy.training import by_container
@@ -237,52 +233,6 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
     return leaves, tie(leaves, decisions), treedef
 
 
-def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharing) -> list[Recipe | None]:
-    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
-
-    Args:
-        leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
-    """
-    cuts = {how.path: cut_by(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
-    for leaf, how in zip(leaves, decisions, strict=True):
-        if how.codec is not None:
-            cut = cuts[how.path]
-            check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
-    separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
-    taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
-    shared = taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
-    beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
-    found = {}
-    if sharing.target and not taken:
-        raise ArgumentError(
-            sharing.target.kind,
-            "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
-        )
-    if shared:
-        items = [item for leaf, how in shared for item in _items(leaf, how, cuts[how.path])]
-        choices: dict[str, list[Recipe]] = {how.path: [] for _, how in shared}
-        for item, choice in zip(items, allocate(items, sharing, nbytes_beside=beside), strict=True):
-            choices[item.path].append(choice)
-        found = {path: _of_leaf(parts, cuts[path]) for path, parts in choices.items()}
-    recipes = [how.codec and found.get(how.tied_to or how.path) for how in decisions]
-    return [
-        recipe or (how.codec and _plain(how.codec, how.order, cuts[how.path]))
-        for recipe, how in zip(recipes, decisions, strict=True)
-    ]
-
-
-def cut_by(leaf: Any, how: Decision) -> Cut | None:
-    """How a leaf is cut into pieces."""
-    return cut_of(leaf, how.path, how.stacks, how.pieces)
-
-
-def leaf_nbytes(leaf: Any) -> int:
-    """Bytes of the array or packed leaf; 0 for what is neither."""
-    if hasattr(leaf, "nbytes"):
-        return int(leaf.nbytes)
-    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0
-
-
 def one_policy(codec: Codec | None, policy: Policy | None, sharing: Sharing | None = None) -> Policy:
     """The policy that the arguments `codec`, `policy` and the target stand for, with a codec."""
     if codec is not None and policy is not None:
@@ -299,28 +249,6 @@ def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         return LeafSpec(path, leaf.shape, leaf.dtype, getattr(leaf, "note", ""), training)
     return LeafSpec(path, (), None, "", training)
-
-
-def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
-    """The leaf, or each of its pieces."""
-    assert how.codec is not None
-    whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
-    whole = whole._replace(matrix=whole.size // max(how.stack, 1))
-    if cut is None:
-        return [whole]
-    parts = Parts(leaf, cut)
-    piece = whole._replace(shape=cut.piece(leaf.shape))
-    return [piece._replace(read=functools.partial(parts.read, index)) for index in cut.indices()]
-
-
-def _of_leaf(parts: Sequence[Recipe], cut: Cut | None) -> Recipe:
-    """The recipe of a leaf from those of its pieces, which have format, order and slope in common."""
-    rms = math.sqrt(sum(part.rms**2 for part in parts) / len(parts))
-    return parts[0]._replace(cut=cut, rms=rms) if cut else parts[0]
-
-
-def _plain(codec: Codec, order: Any, cut: Cut | None) -> Recipe:
-    return Recipe(codec, codec.formats[0], order, codec.slope or 0.0, cut=cut)
 
 
 def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> tuple[Any, Error | None]:

@@ -26,7 +26,7 @@ from btc_jax import (
 )
 from btc_jax.allocate import nbytes_of, sharing_of
 from btc_jax.seal import SEAL
-from btc_jax.tree import leaf_nbytes
+from btc_jax.sizes import leaf_nbytes
 from tests import oracle
 from tests.test_metrics import DATA
 from tests.test_multilevel import same_bytes, unchecked

@@ -38,6 +38,7 @@ ROOMS = [
         "coding",
         "allocate",
         "packing",
+        "choices",
         "fit",
         "partition",
         "_refuse",

@@ -21,11 +21,12 @@ from btc_jax.formats import check_registered
 from btc_jax.metrics import Measures, Storage, error_of, jsonable, storage_of
 from btc_jax.packing import packed_leaf
 from btc_jax.policy import Decision, Policy
+from btc_jax.sizes import leaf_nbytes
 from btc_jax.sources import open_source
 from btc_jax.stream.container import longest_records, origin_json
 from btc_jax.stream.parts import Parts
 from btc_jax.stream.plan import LazyLeaf, PathLike, choices_of, lazy_leaves, nested
-from btc_jax.tree import decide, leaf_nbytes, one_policy, refuse_nothing_to_do
+from btc_jax.tree import decide, one_policy, refuse_nothing_to_do
 
 OnLeaf = Callable[[str, int], None]
 

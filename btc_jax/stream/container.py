@@ -11,11 +11,11 @@ from btc_jax.checkpoint.header import header_of
 from btc_jax.checkpoint.index import SUFFIX, index_text
 from btc_jax.checkpoint.manifest import LeafRecord, Manifest, dense_tensor, error_of_list, packed_tensor
 from btc_jax.checkpoint.structure import describe
+from btc_jax.choices import cut_by
 from btc_jax.formats import Format
 from btc_jax.policy import Decision
 from btc_jax.sizes import nbytes_of_one_width
 from btc_jax.sources import Origin
-from btc_jax.tree import cut_by
 
 _CHECKSUM = "0" * 8
 _LONGEST = 1.234e-100

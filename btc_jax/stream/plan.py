@@ -14,13 +14,15 @@ import numpy as np
 from btc_jax._errors import Remedied
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Sharing, sharing_of
+from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.plan import Plan, plan_of
 from btc_jax.policy import Decision, Policy
+from btc_jax.sizes import leaf_nbytes
 from btc_jax.sources import Source, SourceLeaf, open_source
 from btc_jax.stream.container import container_nbytes
-from btc_jax.tree import choose, decide, leaf_nbytes, one_policy
+from btc_jax.tree import decide, one_policy
 
 PathLike = str | os.PathLike[str]
 

@@ -1,0 +1,76 @@
+"""How each leaf of a tree is packed: its recipe, alone or from a budget that all share, whole or piece by piece."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from btc_jax._errors import ArgumentError
+from btc_jax.allocate import Item, Sharing, allocate
+from btc_jax.blocks import check_order
+from btc_jax.codecs import Codec
+from btc_jax.coding import Recipe
+from btc_jax.pieces import Cut, Parts, cut_of
+from btc_jax.policy import Decision
+from btc_jax.sizes import leaf_nbytes
+
+
+def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharing) -> list[Recipe | None]:
+    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
+
+    Args:
+        leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
+    """
+    cuts = {how.path: cut_by(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
+    for leaf, how in zip(leaves, decisions, strict=True):
+        if how.codec is not None:
+            cut = cuts[how.path]
+            check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
+    separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
+    taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
+    shared = taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
+    beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
+    found = {}
+    if sharing.target and not taken:
+        raise ArgumentError(
+            sharing.target.kind,
+            "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
+        )
+    if shared:
+        items = [item for leaf, how in shared for item in _items(leaf, how, cuts[how.path])]
+        choices: dict[str, list[Recipe]] = {how.path: [] for _, how in shared}
+        for item, choice in zip(items, allocate(items, sharing, nbytes_beside=beside), strict=True):
+            choices[item.path].append(choice)
+        found = {path: _of_leaf(parts, cuts[path]) for path, parts in choices.items()}
+    recipes = [how.codec and found.get(how.tied_to or how.path) for how in decisions]
+    return [
+        recipe or (how.codec and _plain(how.codec, how.order, cuts[how.path]))
+        for recipe, how in zip(recipes, decisions, strict=True)
+    ]
+
+
+def cut_by(leaf: Any, how: Decision) -> Cut | None:
+    """How a leaf is cut into pieces."""
+    return cut_of(leaf, how.path, how.stacks, how.pieces)
+
+
+def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
+    """The leaf, or each of its pieces."""
+    assert how.codec is not None
+    whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
+    whole = whole._replace(matrix=whole.size // max(how.stack, 1))
+    if cut is None:
+        return [whole]
+    parts = Parts(leaf, cut)
+    piece = whole._replace(shape=cut.piece(leaf.shape))
+    return [piece._replace(read=functools.partial(parts.read, index)) for index in cut.indices()]
+
+
+def _of_leaf(parts: Sequence[Recipe], cut: Cut | None) -> Recipe:
+    """The recipe of a leaf from those of its pieces, which have format, order and slope in common."""
+    rms = math.sqrt(sum(part.rms**2 for part in parts) / len(parts))
+    return parts[0]._replace(cut=cut, rms=rms) if cut else parts[0]
+
+
+def _plain(codec: Codec, order: Any, cut: Cut | None) -> Recipe:
+    return Recipe(codec, codec.formats[0], order, codec.slope or 0.0, cut=cut)
