@@ -20,6 +20,8 @@ from btc_jax.planes import fitted, plane_specs, row_layout
 from btc_jax.seal import SEAL
 
 Index = tuple[int, ...]
+MAX_PIECES = 2**16
+"""Pieces of a leaf, at most: each is read by itself."""
 
 
 class Cut(NamedTuple):
@@ -83,6 +85,8 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
                 f"{path}: axis {axis} cannot be cut into {count} pieces, since {why}; ask for a number that fits, or "
                 "put the leaf on fewer devices along that axis"
             )
+    if math.prod(counts) > MAX_PIECES:
+        raise ValueError(f"{path} would be cut into {math.prod(counts):,} pieces; {MAX_PIECES:,} are the most")
     return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 or _has_spec(leaf) else None
 
 

@@ -495,6 +495,8 @@ def test_cuts_that_cannot_be():
     sharded = jax.device_put(
         np.ones((64, 64), np.float32), NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("model"))
     )
+    many = {"kernel": np.zeros((2**17, 4), np.float32)}
+    refused("kernel would be cut into 131,072 pieces; 65,536 are the most", tree=many, stack=0)
     refused(r"axis 0 cannot be cut into 2 pieces, since it lies in 4 shards", tree={"kernel": sharded}, pieces=(2, 1))
 
 
@@ -517,6 +519,8 @@ def test_forged_cuts_are_refused(tmp_path, pieces, stacks):
     assert _cut([[6, 1, 2], [0]], (6, 64, 64), 10**6, "k") == [[6, 1, 2], [0]]
     with pytest.raises(BTCFormatError, match="leaf 'k' is cut into"):
         _cut([[6, 1, 2], [0]], (6, 64, 64), 47, "k")
+    with pytest.raises(BTCFormatError, match="leaf 'k' is cut into"):
+        _cut([[2**17], []], (2**17,), 2**40, "k")
 
 
 def test_changed_pieces_are_noticed():

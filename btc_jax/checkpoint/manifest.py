@@ -17,6 +17,7 @@ from btc_jax.checkpoint.dtypes import DTYPES, dtype_of
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.text import FORMAT as FORMAT
 from btc_jax.checkpoint.text import VERSION, canonical
+from btc_jax.pieces import MAX_PIECES
 from btc_jax.seal import SEAL
 
 MAX_LEAVES = 2**17
@@ -255,7 +256,7 @@ def _cut(cut: Sequence[Any], shape: tuple[int, ...], nbytes: int, path: str) -> 
     fits = fits and all(axis < len(shape) and pieces[axis] == shape[axis] for axis in stacks)
     # Every piece has a seal, so that many pieces cannot be in few bytes.
     fits = fits and all(n and size % n == 0 for n, size in zip(pieces, shape, strict=True))
-    if not fits or math.prod(pieces) * SEAL.nbytes > nbytes:
+    if not fits or math.prod(pieces) > min(nbytes // SEAL.nbytes, MAX_PIECES):
         raise BTCFormatError(
             f"leaf {path!r} is cut into {str(pieces)[:60]} pieces, {str(stacks)[:60]}, which cannot be"
         )
