@@ -48,7 +48,7 @@ def main(
     bits: Annotated[list[float] | None, typer.Option(help="Budgets of effective bits.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of the networks' files.")] = exams.DATA,
     output: Annotated[Path, typer.Option(help="Folder for the results, and what is kept.")] = Path("out"),
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure all anew.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure everything again.")] = False,
 ) -> None:
     peers = [peer for peer in available(rich.print) if peer.name in PEERS]
     kept, results = Kept(output / "answers", refresh), {}
