@@ -16,6 +16,7 @@ it,
 from importlib.metadata import version as _version
 
 from btc_jax import savers as _savers
+from btc_jax.backends import backend as backend
 from btc_jax.baselines import Baseline as Baseline
 from btc_jax.baselines import absmax4 as absmax4
 from btc_jax.baselines import apply_baseline as apply_baseline
@@ -47,6 +48,7 @@ from btc_jax.formats import UniformFormat as UniformFormat
 from btc_jax.formats import UnknownFormatError as UnknownFormatError
 from btc_jax.formats import format_from_json as format_from_json
 from btc_jax.formats import register_format as register_format
+from btc_jax.fusion import fused as fused
 from btc_jax.metrics import LeafMetrics as LeafMetrics
 from btc_jax.metrics import Measures as Measures
 from btc_jax.metrics import TreeMetrics as TreeMetrics

@@ -83,8 +83,8 @@ def spare_of(size: int, block_size: int) -> np.ndarray:
     return spare
 
 
-def join(blocks: Float[Array, "blocks size"], shape: tuple[int, ...], order: Order) -> Float[Array, "..."]:
-    """The leaf with these blocks, the last one filled up to the full size; inverse of `blocks_of`."""
+def join(blocks: Float[Array, "..."], shape: tuple[int, ...], order: Order) -> Float[Array, "..."]:
+    """The leaf with these blocks, the last one filled up to the full size or not; inverse of `blocks_of`."""
     permutation = axes(len(shape), order)
     flat = blocks.reshape(-1)[: math.prod(shape)]
     placed = transformed(flat.reshape([shape[axis] for axis in permutation]), tap_sizes(shape, order), back=True)

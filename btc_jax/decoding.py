@@ -13,15 +13,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from btc_jax._mesh import constants, like_leaf, off_mesh, staging
 from btc_jax._typing import Array, Order
-from btc_jax._xla import apart
-from btc_jax.backends import backend_for
+from btc_jax.backends import REFERENCE, backend_for, native
 from btc_jax.backends.xla import narrowed, tile_rows
-from btc_jax.blocks import aligned, axes, inverse, join, put, tap_sizes, transformed, unflattened
+from btc_jax.blocks import aligned, axes, put, tap_sizes, unflattened
 from btc_jax.formats import Format
 from btc_jax.formats.base import namespace
 from btc_jax.pieces import at, joined
-from btc_jax.planes import expand, plane_specs, row_layout, spare_rows, unpack_planes
-from btc_jax.seal import broken_seal, changed_arrays, is_intact
+from btc_jax.planes import plane_specs, row_layout, spare_rows
+from btc_jax.primitives import decode
+from btc_jax.seal import broken_seal, changed_arrays
 from btc_jax.tiles import filled_up, overlapped
 
 
@@ -44,13 +44,7 @@ def unpack(
     planes, header, seal = constants((planes, dict(header), seal))
     if all(map(on_cpu, (*planes, *header.values(), seal))) and not staging():
         return like_leaf(_on_host(planes, header, seal, form, shape, dtype, order), seal)
-    permutation, taps = axes(len(shape), order), tap_sizes(shape, order)
-    placed = tuple(shape[axis] for axis in permutation)
-    decoded = _unpack(planes, header, seal, form, placed, jnp.float32 if taps else dtype)
-    if taps:
-        return _from_frequencies(decoded, taps, inverse(permutation), dtype)
-    # Compiled apart: XLA:CPU would write every decoded weight to its far place, instead of a tile at a time.
-    return decoded if order == "stored" else _transposed(decoded, inverse(permutation))
+    return decode(planes, header, seal, form, shape, dtype, order)
 
 
 def unpack_pieces(
@@ -159,6 +153,8 @@ def _on_host(
     widths, per_block = form.unpack_header(header, -(-size // form.block_size))
     if trouble := wrong_rows(planes, form, widths):
         raise TypeError(changed_arrays(shape, trouble))
+    if backend_for(form, "cpu") is REFERENCE and native.takes(form, size, dtype):
+        return _by_kernel(planes, header, np.asarray(seal), form, shape, dtype, order)
     decoded = functools.partial(_by_tiles, planes, widths, per_block, form)
     if math.prod(tap_sizes(shape, order)) > 1:
         flat = np.empty(size, np.float32)
@@ -168,6 +164,24 @@ def _on_host(
     leaf = aligned(size, dtype).reshape(shape)
     decoded(leaf.transpose(axes(leaf.ndim, order)))
     return leaf
+
+
+def _by_kernel(
+    planes: Sequence[np.ndarray],
+    header: Mapping[str, np.ndarray],
+    seal: np.ndarray,
+    form: Format,
+    shape: tuple[int, ...],
+    dtype: Any,
+    order: Order,
+) -> np.ndarray:
+    columns, taps = native.columns_of(shape, order), math.prod(tap_sizes(shape, order)) > 1
+    weights = aligned(math.prod(shape), np.float32 if taps else dtype)
+    native.decode_on_host(planes, header, seal, form, columns, weights)
+    if columns:
+        return weights.reshape(shape)
+    with np.errstate(all="ignore"):  # a forged header can hold any number
+        return np.asarray(unflattened(weights, shape, order)).astype(dtype, copy=False)
 
 
 def _by_tiles(
@@ -242,52 +256,3 @@ def on_cpu(array: Any) -> bool:
     if isinstance(array, Tracer):
         return False
     return isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())
-
-
-_transposed = jax.jit(jnp.transpose, static_argnums=1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _from_frequencies(decoded: Array, taps: tuple[int, ...], permutation: tuple[int, ...], dtype: Any) -> Array:
-    return narrowed(transformed(decoded, taps, back=True).transpose(permutation), dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("form", "shape", "dtype"))
-def _unpack(
-    planes: Sequence[Any], header: Mapping[str, Any], seal: Any, form: Format, shape: tuple[int, ...], dtype: Any
-) -> Array:
-    return _decode(form, shape, dtype, planes, header, seal)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _decode(
-    form: Format, shape: tuple[int, ...], dtype: Any, planes: Sequence[Array], header: Mapping[str, Array], seal: Array
-) -> Array:
-    """The decoded weights in the order of the blocks, in a shape."""
-    blocks = -(-math.prod(shape) // form.block_size)
-    if blocks == 0:
-        return jnp.zeros(shape, dtype)
-    widths, per_block = jax.tree.map(jnp.asarray, form.unpack_header(header, blocks))
-    specs = plane_specs(form.widths)[: len(planes)]
-    rows = [expand(plane, widths, spec.end) for plane, spec in zip(planes, specs, strict=True)]
-
-    def decode(rows: list[Array], widths: Array, grid: Any) -> Array:
-        codes = unpack_planes(rows, specs, widths, form.block_size)
-        return narrowed(form.decode(codes, grid), dtype)
-
-    # Under jit nothing can be raised; and a few numbers a block cost less than the weights themselves.
-    grid = jax.tree.map(functools.partial(_or_nan, is_intact(seal)), form.grid(widths, per_block))
-    decoded = apart(decode, rows, widths, grid)
-    return join(decoded.reshape(blocks, -1)[:, : form.block_size], shape, "stored")
-
-
-@_decode.defjvp
-def _refuse_gradient(form: Format, shape: tuple[int, ...], *_: Any) -> Any:
-    raise TypeError(
-        f"{math.prod(shape)} packed weights have no gradient. Differentiate with respect to the other leaves only "
-        "(docs/training.md), decode the tree with btc_dequantize, or quantize inside the loss with btc_reconstruct"
-    )
-
-
-def _or_nan(intact: Array, numbers: Array) -> Array:
-    return jnp.where(intact, numbers, jnp.nan) if jnp.issubdtype(numbers.dtype, jnp.floating) else numbers

@@ -9,6 +9,7 @@ import numpy as np
 
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
+from btc_jax.fusion import fused
 
 Apply = Callable[[PyTree, Any], Any]
 """`apply(params, inputs) -> logits [batch, ..., classes]`, such as `lambda p, x: model.apply({"params": p}, x)`."""
@@ -42,6 +43,8 @@ def btc_logits(
 ) -> np.ndarray:
     """Logits of a model on all inputs, computed in jitted batches on jax's default device.
 
+    Packed leaves are decoded one at a time; see `fused`.
+
     Args:
         apply: `apply(params, inputs) -> logits [batch, ..., classes]`; each example's logits must not depend on the
             rest of its batch.
@@ -60,7 +63,7 @@ def btc_logits(
     batch = min(batch_size, examples)
     if batch < 1:
         raise ValueError(f"{examples} examples in batches of {batch_size}: both must be 1 or more")
-    run = jax.jit(apply)
+    run = jax.jit(fused(apply))
     starts = range(0, examples, batch)
     outputs = [_logits(run(params, batch_of(inputs, i, batch)), batch) for i in tracked(starts, "evaluating", progress)]
     return np.concatenate(outputs)[:examples]

@@ -6,6 +6,7 @@ What runs is what `llama-quantize` runs without an importance matrix, single-thr
 import ctypes
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +83,53 @@ def formats() -> dict[str, tuple[str, Reconstruct]]:
     return {f"llama.cpp {name}": ("llama.cpp", Format(name).reconstruct) for name in TYPES}
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """ggml's base library, without importing the package, which would load all of llama.cpp."""
+class _Init(ctypes.Structure):
+    """ggml's `struct ggml_init_params`."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def matrix_product(kind: str, weights: np.ndarray, x: np.ndarray) -> Callable[[], np.ndarray]:
+    """llama.cpp's own product of float32 rows `x` and a matrix `[outputs, inputs]` that it quantized, on one thread.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    form, base, cpu = Format(kind), _library(), ctypes.CDLL(str(next(_folder().glob("*ggml-cpu.*"))))
+    for function in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_get_data"):
+        getattr(base, function).restype = ctypes.c_void_p
+    stored, (outputs, inputs) = form.encode(np.ascontiguousarray(weights).reshape(-1)), weights.shape
+    cpu.ggml_cpu_init()
+    context = ctypes.c_void_p(base.ggml_init(_Init(stored.nbytes + 2**26, None, False)))
+    sizes = ctypes.c_int64(inputs), ctypes.c_int64(outputs), ctypes.c_int64(len(x))
+    matrix = ctypes.c_void_p(base.ggml_new_tensor_2d(context, form.number, *sizes[:2]))
+    rows = ctypes.c_void_p(base.ggml_new_tensor_2d(context, 0, sizes[0], sizes[2]))
+    product = ctypes.c_void_p(base.ggml_mul_mat(context, matrix, rows))
+    graph = ctypes.c_void_p(base.ggml_new_graph(context))
+    base.ggml_build_forward_expand(graph, product)
+    ctypes.memmove(base.ggml_get_data(matrix), _at(stored), stored.nbytes)
+    ctypes.memmove(base.ggml_get_data(rows), _at(np.ascontiguousarray(x, np.float32)), 4 * x.size)
+    result = (ctypes.c_float * (outputs * len(x))).from_address(base.ggml_get_data(product))
+
+    def multiplied() -> np.ndarray:
+        assert cpu.ggml_graph_compute_with_ctx(context, graph, 1) == 0
+        return np.frombuffer(result, np.float32).reshape(len(x), outputs)
+
+    return multiplied
+
+
+def _folder() -> Path:
+    """Where its libraries are, without importing the package, which would load all of llama.cpp."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("No module named 'llama_cpp'")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    return Path(spec.submodule_search_locations[0]) / "lib"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """ggml's base library."""
+    folder = _folder()
     found = [p for p in sorted(folder.glob("*ggml-base*")) if p.suffix in (".so", ".dylib", ".dll")]
     if not found:
         raise ImportError(f"no library ggml-base in {folder}")

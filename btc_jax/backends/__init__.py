@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from btc_jax.backends import xla
 from btc_jax.formats import Format
+from btc_jax.native import library, why_not
 
 
 class Backend(NamedTuple):
@@ -22,6 +23,17 @@ _BACKENDS: dict[tuple[type[Format], str], Backend] = {}
 def register_backend(form: type[Format], platform: str, backend: Backend) -> None:
     """Makes leaves of a format, on a platform such as `"cpu"`, be coded by something else than the reference."""
     _BACKENDS[form, platform] = backend
+
+
+def backend() -> str:
+    """What decodes packed weights on the CPUs of this process, in a line.
+
+    Example:
+        >>> backend().split(":")[0] in ("native kernels", "XLA")
+        True
+    """
+    found = library()
+    return f"native kernels: {found.instructions}, {found.path}" if found else f"XLA: {why_not()}"
 
 
 def backend_for(form: Format, platform: str) -> Backend:

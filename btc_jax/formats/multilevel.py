@@ -26,7 +26,7 @@ _ESCAPE = 8 + _OFFSET * (_OFFSET - 1) / 4
 WIDTHS = np.where(_RANGE > 0, _RANGE // OCTAVE + 1, np.where(_OFFSET > 0, 8, 0)).astype(np.uint8)
 HALVES = np.where(WIDTHS > 0, 2.0 ** np.where(_RANGE > 0, _RANGE / OCTAVE, _ESCAPE), 0).astype(np.float32)
 """Half-range, over the step of the leaf."""
-_MIDDLES = np.where(_RANGE > 0, (_OFFSET - (OFFSETS - 1) / 2) * SPACING, 0).astype(np.float32)
+MIDDLES = np.where(_RANGE > 0, (_OFFSET - (OFFSETS - 1) / 2) * SPACING, 0).astype(np.float32)
 """Middle, over the half-range."""
 _LEVELS = (2.0 ** np.arange(9)).astype(np.float32)
 ON_A_LEVEL = np.where(_LEVELS > 1, -(0.75 / _LEVELS + 0.25 / _LEVELS**3), 0).astype(np.float32)
@@ -120,7 +120,7 @@ def grid_of(
 ) -> tuple[Array, Array, Array]:
     """Of each block the half-range, the middle over the half-range, and the number of levels, in float32."""
     escaped = (header > 0) & (header < OFFSETS)
-    middle = jnp.where(escaped, take(ON_A_LEVEL, widths), take(_MIDDLES, header))
+    middle = jnp.where(escaped, take(ON_A_LEVEL, widths), take(MIDDLES, header))
     return step * take(HALVES, header), middle, take(_LEVELS, widths)
 
 

@@ -1,0 +1,5 @@
+"""Kernels in C for CPUs: built once, by the system's compiler, and left out where there is none."""
+
+from btc_jax.native.loading import Library as Library
+from btc_jax.native.loading import library as library
+from btc_jax.native.loading import why_not as why_not
