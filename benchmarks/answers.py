@@ -23,8 +23,8 @@ from benchmarks.answers_tables import markdown, summaries
 from benchmarks.exams import Exam
 from benchmarks.peers import Peer, available
 from benchmarks.sides import OURS, Kept, Row, of_peer, ours
-from btc_jax import comparison_table
 from btc_jax._progress import tracked
+from btc_jax.tables import comparison_table
 
 BITS = (3.0, 3.4375, 4.0, 4.5, 5.5)
 PEERS = (

@@ -21,8 +21,9 @@ from benchmarks.networks import WeightSet
 from benchmarks.peers import Peer, available
 from benchmarks.rate_distortion_figure import draw
 from benchmarks.rows import Row, measured, peer_row
-from btc_jax import Codec, Multilevel, Policy, Uniform, btc_dequantize, btc_quantize, comparison_table
+from btc_jax import Codec, Multilevel, Policy, Uniform, btc_dequantize, btc_quantize
 from btc_jax._progress import tracked
+from btc_jax.tables import comparison_table
 
 DEFAULT_SETS = tuple(name for name in networks.SETS if name != "resnet32")
 THRESHOLDS = (0.0, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, float("inf"))

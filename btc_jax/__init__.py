@@ -7,8 +7,8 @@ The tour, in the order in which the data flows:
 - `Uniform` is the codec, `Policy` and `Rule` choose the leaves, `BTCTensor` is a packed leaf, `btc_plan` looks ahead.
 - `fused` runs models from packed weights with one dense leaf at a time.
 - `btc_metrics` measures bits and errors, `btc_evaluate` accuracy, `apply_baseline` other quantizers in the same units.
+  Each record prints as a table.
 - `btc_search` finds the largest blocks that keep to limits of error and accuracy.
-- `metrics_table`, `plan_table`, `search_table`, `comparison_table` show it.
 - `save`, `load`, `open_checkpoint` and `verify` keep it in files; `compress_file` and `restore_file` work from file to
   file, leaf by leaf. The command `btc` does the same in a shell.
 """
@@ -62,10 +62,6 @@ from btc_jax.plan import btc_plan as btc_plan
 from btc_jax.policy import BTCPolicyError as BTCPolicyError
 from btc_jax.policy import Policy as Policy
 from btc_jax.policy import Rule as Rule
-from btc_jax.report import comparison_table as comparison_table
-from btc_jax.report import metrics_table as metrics_table
-from btc_jax.report import plan_table as plan_table
-from btc_jax.report import search_table as search_table
 from btc_jax.search import SearchResult as SearchResult
 from btc_jax.search import SearchStatus as SearchStatus
 from btc_jax.search import Trial as Trial

@@ -14,7 +14,8 @@ import numpy as np
 
 from btc_jax.checkpoint import Checkpoint, open_checkpoint
 from btc_jax.checkpoint.errors import BTCNotCompressedError
-from btc_jax.metrics import Error, Measures, Storage, jsonable
+from btc_jax.coding import Error
+from btc_jax.metrics import Measures, Storage, jsonable
 from btc_jax.sources import Source, open_source
 from btc_jax.tensor import is_packed
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
+from rich.table import Table
+from rich.text import Text
 
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
@@ -16,6 +18,7 @@ from btc_jax.coding import Recipe, nbytes_of
 from btc_jax.formats import Format
 from btc_jax.policy import Decision, Policy
 from btc_jax.sizes import leaf_nbytes, nbytes_of_one_width
+from btc_jax.tables import Shown, add_row, codec_cell, new_table, shape_cell
 from btc_jax.tensor import is_packed
 from btc_jax.tree import decide, one_policy
 
@@ -48,8 +51,8 @@ class PlanRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A row for every leaf, in the order of the tree, and what a target implies for all of them.
+class Plan(Shown):
+    """A row for every leaf, in the order of the tree, and what a target implies for all of them. `print` shows it.
 
     Attributes:
         rows: the leaves.
@@ -91,6 +94,38 @@ class Plan:
         totals = {name: getattr(self, name) for name in ("bytes_before", "bytes_min", "bytes_max")}
         target = self.target and {"kind": self.target.kind, "value": self.target.value, "named": self.target.named}
         return totals | {"target": target, "leaves": rows}
+
+    def table(self, title: str = "Plan", *, full: bool = False) -> Table:
+        """A row for each leaf: whether it would be packed and why, and its bytes; as caption, what a target allows.
+
+        Args:
+            title: stands above the table.
+            full: dtypes too.
+        """
+        columns = ("leaf", "shape", *(["dtype"] if full else []), "reason", "codec", "bytes", "after")
+        table = new_table(title, columns)
+        for row in self.rows:
+            cells = {
+                "leaf": row.path,
+                "shape": shape_cell(row.shape),
+                "dtype": row.dtype,
+                "reason": row.reason,
+                "codec": "dense" if row.codec is None else codec_cell(row.codec.to_json(), row.order),
+                "bytes": f"{row.bytes_before:,}",
+                "after": _range(row.bytes_min, row.bytes_max) if self._is_known(row) else "shared out",
+            }
+            add_row(table, [cells[name] for name in columns], None if row.codec else "dim")
+        table.add_section()
+        after = f"at most {self.bytes_max:,}" if self.note else _range(self.bytes_min, self.bytes_max)
+        total = {"leaf": "all", "bytes": f"{self.bytes_before:,}", "after": after}
+        add_row(table, [total.get(name, "") for name in columns], "bold")
+        table.caption = Text(self.note) if self.note else None
+        return table
+
+    def _is_known(self, row: PlanRow) -> bool:
+        """Whether the bytes of a leaf do not depend on how a target is shared out."""
+        ranges = row.bytes_min < row.bytes_max and isinstance(row.codec, Codec) and row.codec.adaptive
+        return not (self.note and ranges)
 
 
 def btc_plan(
@@ -220,3 +255,7 @@ def _packed_range(leaf: Any, how: Decision, choice: Recipe | None) -> tuple[int,
     forms = how.codec.formats if how.codec else ()
     ends = [count * nbytes_of_one_width(form, size, form.widths[end]) for form in forms for end in (0, -1)]
     return min(ends), max(ends)
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from btc_jax.formats import Format
 from btc_jax.intact import changes
 from btc_jax.pieces import at
 from btc_jax.seal import SEAL, changed_arrays
+from btc_jax.tables import as_html, comparison_table, shape_cell
 
 
 @functools.partial(
@@ -174,6 +176,20 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             f"BTCTensor({stack}shape={self.shape}, dtype={np.dtype(self.dtype)}, bits={bits}, "
             f"format={self.format!r}, order={self.order!r})"
         )
+
+    def _repr_html_(self) -> str:
+        if self.stack or not all(isinstance(array, np.ndarray | jax.Array) for array in jax.tree.leaves(self)):
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        widths, counts = np.unique(np.asarray(self.widths), return_counts=True)
+        row = {
+            "shape": shape_cell(self.shape),
+            "dtype": str(np.dtype(self.dtype)),
+            "bits": 8 * self.nbytes / max(self.size, 1),
+            "bytes": self.nbytes,
+            "blocks": self.num_blocks,
+            "widths": ", ".join(f"{count} of {width} bits" for width, count in zip(widths, counts, strict=True)),
+        }
+        return as_html(comparison_table([row], "Packed leaf"))
 
     # Flax Linen unboxes every parameter that is an AxisMetadata, before it looks at its shape.
 

@@ -82,7 +82,7 @@ def plan(
     btc plan model.safetensors --bits 4.5 --measure
     btc plan model.safetensors --block-size 32 --rule '*embed*=dense'
     """
-    from btc_jax import plan_file, plan_table
+    from btc_jax import plan_file
     from btc_jax._progress import progress
 
     policy, _ = how.policy_and_bytes(source)
@@ -91,7 +91,12 @@ def plan(
     rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
     vague = found.target is not None and found.bytes_min < found.bytes_max
     hint = [] if not vague else ["--measure reads the values, and tells the size of each leaf exactly."]
-    show(as_json, found.to_json(), lambda: plan_table(dataclasses.replace(found, rows=tuple(rows)), source.name), *hint)
+    show(
+        as_json,
+        found.to_json(),
+        lambda: dataclasses.replace(found, rows=tuple(rows)).table(source.name, full=True),
+        *hint,
+    )
 
 
 @app.command(epilog=_DONE)
@@ -148,7 +153,8 @@ def inspect(file: File, as_json: AsJson = False):
     btc inspect small.safetensors
     btc inspect small.safetensors --json | jq '.leaves[].effective_bits'
     """
-    from btc_jax import comparison_table, open_checkpoint
+    from btc_jax import open_checkpoint
+    from btc_jax.tables import comparison_table
 
     with open_checkpoint(file) as checkpoint:
         leaves = [_described(record) for record in checkpoint.records.values()]
@@ -200,9 +206,9 @@ def diff(
     btc diff model.safetensors small.safetensors --limit 10
     btc diff old.safetensors new.safetensors && echo the same
     """
-    from btc_jax import comparison_table
     from btc_jax._progress import progress
     from btc_jax.compare import compare, open_side
+    from btc_jax.tables import comparison_table
 
     with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
         found = compare(one, other, on_leaf)

@@ -64,7 +64,7 @@ def show(as_json: bool, document: Any, *shown: str | Callable[[], "rich.table.Ta
 
 def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     """A row of the table of `btc inspect`."""
-    from btc_jax.report import codec_cell
+    from btc_jax.tables import codec_cell
 
     codec, error, bits = leaf["codec"], leaf["error"], leaf["effective_bits"]
     stored = codec_cell(codec, str(leaf["order"])) if isinstance(codec, dict) else leaf["kind"]

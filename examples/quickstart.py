@@ -24,6 +24,7 @@ from sklearn.model_selection import train_test_split
 
 import btc_jax
 from btc_jax import Codec, TreeMetrics, Uniform
+from btc_jax.tables import comparison_table
 
 PyTree = Any
 Apply = Callable[[PyTree, Any], Any]
@@ -167,7 +168,7 @@ def nbytes(params: PyTree) -> int:
 def search(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> PyTree:
     """The tree with the largest blocks that hold, or else the one with blocks of 64."""
     result = btc_jax.btc_search(params, exam.accuracy, codec=codec(), block_sizes=BLOCK_SIZES)
-    console.print(btc_jax.search_table(result))
+    console.print(result)
     if result.tree is not None:
         return result.tree
     console.print("No block size holds to the limits; blocks of 64 are saved all the same.")
@@ -194,7 +195,7 @@ def run(model: ModelName, codec: Callable[..., Codec], seed: int, epochs: int, o
     console.print(f"2. Training a CNN ({model}) of {nbytes(params) // 4:,} float32 parameters, {epochs} epochs.")
     params, exam = train(apply, params, digits, epochs, seed), Exam(apply, held_out)
     console.print("3. Quantizing it, and running the unmodified model on each compressed tree.")
-    console.print(btc_jax.comparison_table(compare(exam, params, codec), TITLE))
+    console.print(comparison_table(compare(exam, params, codec), TITLE))
     console.print("4. Searching for the largest blocks that keep to the paper's limits.")
     tree = search(exam, params, codec)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,6 @@ from btc_jax import (
     btc_quantize,
     btc_reconstruct,
     btc_search,
-    metrics_table,
 )
 from btc_jax.tree import flatten
 
@@ -95,7 +94,7 @@ def test_rows_say_what_a_leaf_is_tied_to():
 
 def test_the_report_does_not_call_it_dense():
     console = Console(width=200, file=io.StringIO())
-    console.print(metrics_table(btc_metrics(TIED, btc_quantize(TIED))))
+    console.print(btc_metrics(TIED, btc_quantize(TIED)))
     lines = console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
     (line,) = [line for line in lines if "head/kernel" in line]
     assert "tied to embed/embedding" in line

@@ -3,7 +3,7 @@
 import errno
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,10 @@ from btc_jax.checkpoint.write import real_path
 PathLike = str | os.PathLike[str]
 
 
-class Checkpoint:
-    """An open checkpoint: its leaves are listed, and read one by one. A context manager.
+class Checkpoint(Mapping[str, Any]):
+    """An open checkpoint: a mapping from paths to leaves, each of which is read when it is asked for.
+
+    A context manager. `checkpoint[path]` is `checkpoint.read(path)`.
 
     Attributes:
         path: the file, or the index of several files.
@@ -42,6 +44,28 @@ class Checkpoint:
         self.records: dict[str, LeafRecord] = {leaf.path: leaf for file in files for leaf in file.manifest.leaves}
         if len(self.records) != sum(len(file.manifest.leaves) for file in files):
             raise BTCFormatError(f"{path}: two leaves have the same path")
+
+    def __getitem__(self, path: str) -> Any:
+        return self.read(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.records
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a mapping would read all leaves, to compare them
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        packed = sum(record.kind == "packed" for record in self.records.values())
+        return f"Checkpoint({str(self.path)!r}: {len(self)} leaves, {packed} packed, {self.nbytes:,} bytes)"
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -138,7 +162,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = btc_jax.save(f"{folder}/m.safetensors", {"a": {"kernel": jnp.ones((2, 3))}, "b": jnp.zeros(4)})
         ...     with open_checkpoint(f"{folder}/m.safetensors") as checkpoint:
-        ...         print(list(checkpoint.records), checkpoint.read("b"))
+        ...         print(list(checkpoint), checkpoint["b"])
         ['a/kernel', 'b'] [0. 0. 0. 0.]
     """
     # The hub's cache has links to files of other names, so an index that is there is taken as it is named.

@@ -5,8 +5,12 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+from rich.table import Table
+from rich.text import Text
+
 from btc_jax._typing import PyTree
 from btc_jax.search.trial import Trial
+from btc_jax.tables import Shown, add_row, axis, new_table
 
 
 class SearchStatus(enum.StrEnum):
@@ -23,8 +27,8 @@ class SearchStatus(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchResult:
-    """What a search found.
+class SearchResult(Shown):
+    """What a search found. `print` shows it as a table of its trials.
 
     Attributes:
         status: how it ended.
@@ -38,7 +42,7 @@ class SearchResult:
     status: SearchStatus
     message: str
     best: Trial | None
-    tree: PyTree | None
+    tree: PyTree | None = dataclasses.field(repr=False)
     trials: tuple[Trial, ...]
     accuracy: float | None
 
@@ -47,6 +51,76 @@ class SearchResult:
         best = next((i for i, trial in enumerate(self.trials) if trial is self.best), None)
         fields = {"status": self.status, "message": self.message, "accuracy": self.accuracy, "best": best}
         return fields | {"trials": [trial.to_json() for trial in self.trials]}
+
+    def table(self, title: str = "Search (bits per weight)") -> Table:
+        """A row for each trial, and the message as caption. Budgets and divergences are shown where there are any."""
+        rows = [_cells(trial, trial is self.best) for trial in self.trials]
+        columns = [name for name in _COLUMNS if name not in _OPTIONAL or any(row[name] for row in rows)]
+        table = new_table(title, columns)
+        for row, trial in zip(rows, self.trials, strict=True):
+            add_row(table, [row[name] for name in columns], "bold" if trial is self.best else None)
+        table.caption = Text(self.message)
+        return table
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the error of each trial against its effective bits, and marks the best one.
+
+        Args:
+            ax: the matplotlib axis; a new one if left out.
+
+        Returns:
+            The axis.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        ax = axis(ax)
+        for label, marker, trials in (
+            ("within the limits", "o", [trial for trial in self.trials if trial.held]),
+            ("over a limit", "x", [trial for trial in self.trials if not trial.held]),
+            ("best", "*", [self.best] if self.best else []),
+        ):
+            totals = [trial.metrics.total for trial in trials]
+            points = [m.effective_bits for m in totals], [m.rmse for m in totals]
+            if trials:
+                ax.scatter(*points, s=200 if marker == "*" else 50, marker=marker, label=label)
+        ax.set_xlabel("effective bits per weight")
+        ax.set_ylabel("RMSE of the weights")
+        ax.legend()
+        return ax
+
+
+_COLUMNS = (
+    "block",
+    "budget",
+    "accuracy",
+    "drop",
+    "KL",
+    "agreement",
+    "rmse",
+    "effective",
+    "packed",
+    "seconds",
+    "verdict",
+)
+_OPTIONAL = ("budget", "KL", "agreement")
+
+
+def _cells(trial: Trial, best: bool) -> dict[str, str]:
+    total = trial.metrics.total
+    return {
+        "block": str(trial.codec.block_size),
+        "budget": "" if trial.bits is None else f"{trial.bits:.3f}",
+        "accuracy": "" if trial.accuracy is None else f"{trial.accuracy:.2%}",
+        "drop": "" if trial.drop is None else f"{trial.drop:.2f}",
+        "KL": "" if trial.kl is None else f"{trial.kl:.5f}",
+        "agreement": "" if trial.agreement is None else f"{trial.agreement:.2%}",
+        "rmse": f"{total.rmse:.5f}",
+        "effective": f"{total.effective_bits:.3f}",
+        "packed": f"{trial.metrics.bytes_after:,}",
+        "seconds": f"{trial.seconds:.2f}",
+        "verdict": trial.broke or ("best" if best else "holds"),
+    }
 
 
 def status_of(trials: Sequence[Trial], failure: str, complete: bool) -> SearchStatus:

@@ -15,8 +15,9 @@ import numpy as np
 
 from btc_jax import Measures, Policy, TreeMetrics, Uniform
 from btc_jax.blocks import axes, inverse
-from btc_jax.metrics import Error, LeafMetrics, LeafRow, Storage, dict_of, leaf_nbytes, tree_metrics
-from btc_jax.sizes import packed_nbytes
+from btc_jax.coding import Error
+from btc_jax.metrics import LeafMetrics, LeafRow, Storage, dict_of, tree_metrics
+from btc_jax.sizes import leaf_nbytes, packed_nbytes
 
 PyTree = Any
 UNIT = 256

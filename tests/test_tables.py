@@ -1,9 +1,12 @@
 import functools
 import io
 import re
+import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import treescope
 from rich import box
 from rich.console import Console
 
@@ -17,11 +20,8 @@ from btc_jax import (
     btc_plan,
     btc_quantize,
     btc_search,
-    comparison_table,
-    metrics_table,
-    plan_table,
-    search_table,
 )
+from btc_jax.tables import as_text, comparison_table
 
 LONG = "encoder/layers_11/self_attention/query/kernel"
 POLICY = Policy(Uniform(64), rules=(Rule("head/*", None),))
@@ -67,8 +67,8 @@ def words(text):
 
 
 @WIDTHS
-def test_metrics_table_names_every_leaf_its_reason_and_the_totals(width):
-    text = render(metrics_table(metrics()), width)
+def test_metrics_name_every_leaf_its_reason_and_the_totals(width):
+    text = render(metrics().table(full=True), width)
     columns = squeezed(text)
     assert max(map(len, text.splitlines())) <= width
     for path in ("bias", LONG, "head/kernel", "steps", "all"):
@@ -85,9 +85,9 @@ def test_metrics_table_names_every_leaf_its_reason_and_the_totals(width):
 
 
 @WIDTHS
-def test_plan_table_names_every_leaf_its_reason_and_the_totals(width):
+def test_a_plan_names_every_leaf_its_reason_and_the_totals(width):
     plan = btc_plan(tree(), policy=POLICY)
-    text = render(plan_table(plan), width)
+    text = render(plan.table(full=True), width)
     columns = squeezed(text)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
@@ -102,16 +102,16 @@ def test_plan_table_names_every_leaf_its_reason_and_the_totals(width):
 
 def test_a_measured_plan_has_one_size_a_leaf():
     plan = btc_plan(tree(), policy=POLICY, measure=True)
-    text = render(plan_table(plan))
+    text = render(plan.table(full=True))
     assert f"{plan.bytes_min:,}" in text
     assert " to " not in text
 
 
 @WIDTHS
-def test_search_table_has_a_row_a_trial_and_the_message_as_caption(width):
+def test_a_search_table_has_a_row_a_trial_and_the_message_as_caption(width):
     answers = iter([0.95, 0.945, 0.94, 0.9])
     result = btc_search(tree(), lambda _: next(answers), policy=POLICY, max_rmse=None, progress=False)
-    table = search_table(result)
+    table = result.table()
     text = render(table, width)
     assert str(table.caption) == result.message
     assert words(result.message) in words(text)
@@ -126,14 +126,14 @@ def test_search_table_has_a_row_a_trial_and_the_message_as_caption(width):
         assert verdict in squeezed(text)[-1]
 
 
-def test_search_table_without_accuracy_leaves_it_blank():
+def test_a_search_table_without_accuracy_leaves_it_blank():
     result = btc_search(tree(), policy=POLICY, block_sizes=(64,), max_rmse=None, progress=False)
-    header, row = rows(render(search_table(result)))
+    header, row = rows(render(result.table()))
     assert dict(zip(header, row, strict=True))["accuracy"] == dict(zip(header, row, strict=True))["drop"] == ""
     assert dict(zip(header, row, strict=True))["verdict"] == "best"
 
 
-def test_search_table_shows_budgets_and_divergences_where_there_are_any():
+def test_a_search_table_shows_budgets_and_divergences_where_there_are_any():
     kls = iter([0.0, 0.00123, 0.5, 0.01])
     result = btc_search(
         tree(),
@@ -144,14 +144,14 @@ def test_search_table_shows_budgets_and_divergences_where_there_are_any():
         policy=MULTILEVEL,
         progress=False,
     )
-    header, *body = rows(render(search_table(result), 200))
+    header, *body = rows(render(result.table(), 200))
     shown = [dict(zip(header, row, strict=True)) for row in body]
     assert [row["budget"] for row in shown] == ["6.000", "2.000", "4.000"]
     assert [row["KL"] for row in shown] == ["0.00123", "0.50000", "0.01000"]
     assert {row["agreement"] for row in shown} == {"90.00%"}
     assert [row["verdict"] for row in shown] == ["holds", "KL 0.5 > 0.1", "best"]
     sizes = btc_search(tree(), policy=POLICY, block_sizes=(64,), max_rmse=None, progress=False)
-    assert not {"budget", "KL"} & set(rows(render(search_table(sizes)))[0])
+    assert not {"budget", "KL"} & set(rows(render(sizes.table()))[0])
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_search_table_shows_budgets_and_divergences_where_there_are_any():
 def test_a_codec_in_few_words(codec, order, cell):
     policy = Policy(codec, names=("kernel",), order=order)
     kernel = {"kernel": np.zeros((3, 3, 32, 32), np.float32)}
-    header, row, *_ = rows(render(plan_table(btc_plan(kernel, policy=policy)), 200))
+    header, row, *_ = rows(render(btc_plan(kernel, policy=policy).table(), 200))
     assert dict(zip(header, row, strict=True))["codec"] == cell
 
 
 def test_figures_stand_in_the_column_of_their_name():
-    header, *body, total = rows(render(metrics_table(metrics()), 200))
+    header, *body, total = rows(render(metrics().table(full=True), 200))
     found = {row[0]: dict(zip(header, row, strict=True)) for row in [*body, total]}
     packed = next(leaf for leaf in metrics().leaves if leaf.path == LONG)
     m = packed.measures
@@ -203,7 +203,7 @@ def test_figures_stand_in_the_column_of_their_name():
 
 def test_exact_weights_are_shown_as_infinite():
     exact = {"kernel": np.ones((64, 64), np.float32)}
-    text = render(metrics_table(btc_metrics(exact, btc_quantize(exact))))
+    text = render(btc_metrics(exact, btc_quantize(exact)).table(full=True))
     assert re.search(r"│ *inf│", text)
 
 
@@ -212,8 +212,8 @@ def test_paths_are_shown_as_they_are(name):
     odd = {name: np.zeros((64, 64), np.float32)}
     policy = Policy(names=("*",))
     for table in (
-        metrics_table(btc_metrics(odd, btc_quantize(odd, policy=policy), policy=policy)),
-        plan_table(btc_plan(odd, policy=policy)),
+        btc_metrics(odd, btc_quantize(odd, policy=policy), policy=policy).table(),
+        btc_plan(odd, policy=policy).table(),
     ):
         assert name in render(table)
 
@@ -223,14 +223,14 @@ def test_an_error_with_brackets_is_shown_as_it_is():
         raise ValueError("no file [/data/x] for [bold] labels")
 
     result = btc_search(tree(), evaluate, policy=POLICY, progress=False)
-    assert "no file [/data/x] for [bold] labels" in words(render(search_table(result)))
+    assert "no file [/data/x] for [bold] labels" in words(render(result.table()))
 
 
 @WIDTHS
 def test_titles_are_shown(width):
     tables = (
-        metrics_table(metrics(), "My metrics"),
-        plan_table(btc_plan(tree()), "My plan"),
+        metrics().table("My metrics"),
+        btc_plan(tree()).table("My plan"),
         comparison_table([{"method": "a"}], "My comparison"),
     )
     for table, title in zip(tables, ("My metrics", "My plan", "My comparison"), strict=True):
@@ -253,3 +253,72 @@ def test_comparison_formats_by_column_and_leaves_gaps_blank(width):
 def test_comparison_shows_whole_numbers_whole():
     header, row = rows(render(comparison_table([{"method": "BTC", "block size": 64}], "t")))
     assert dict(zip(header, row, strict=True)) == {"method": "BTC", "block size": "64"}
+
+
+def records():
+    search = btc_search(tree(), policy=POLICY, block_sizes=(32, 64), max_rmse=None, progress=False)
+    return {"metrics": metrics(), "plan": btc_plan(tree(), policy=POLICY), "search": search}
+
+
+@pytest.mark.parametrize("name", ["metrics", "plan", "search"])
+def test_records_print_as_tables_of_80_columns(name):
+    record = records()[name]
+    text = str(record)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text == as_text(record.table())
+    for line in str(record.table().title), *[str(row) for row in record.table().columns[0].cells][:1]:
+        assert line in text
+
+
+def test_short_metrics_have_the_figures_that_matter():
+    header, *body = rows(render(metrics().table()))
+    assert header == ["leaf", "shape", "reason", "bytes", "packed", "effective", "SQNR dB"]
+    assert body[-1][-1] == f"{metrics().total.sqnr_db:.2f}"
+
+
+@pytest.mark.parametrize("name", ["metrics", "plan", "search"])
+def test_notebooks_get_an_html_table_of_the_same_cells(name):
+    record = records()[name]
+    found = ElementTree.fromstring(f"<div>{record._repr_html_()}</div>")
+    table = record.table()
+    assert [cell.text for cell in found.iter("th")] == [column.header for column in table.columns]
+    body = [[cell.text or "" for cell in row.iter("td")] for row in found.iter("tr")][1:]
+    assert body == [list(map(str, row)) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_html_is_escaped():
+    odd = {"<b>&w": np.zeros((64, 64), np.float32)}
+    text = btc_plan(odd, policy=Policy(names=("*",)))._repr_html_()
+    assert "&lt;b&gt;&amp;w" in text
+    assert "<b>" not in text
+
+
+def test_plots_draw_what_the_records_say():
+    from matplotlib.figure import Figure
+
+    ax = metrics().plot(Figure().subplots())
+    assert [label.get_text() for label in ax.get_yticklabels()] == [LONG]
+    assert [bar.get_width() for bar in ax.patches] == [metrics().total.effective_bits]
+    search = records()["search"]
+    ax = search.plot(Figure().subplots())
+    points = {tuple(point) for marks in ax.collections for point in marks.get_offsets()}
+    totals = [trial.metrics.total for trial in search.trials]
+    assert points == {(m.effective_bits, m.rmse) for m in totals}
+
+
+def test_plots_say_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"btc_jax\[plot\]"):
+        metrics().plot()
+
+
+def test_a_packed_leaf_shows_itself_in_a_notebook():
+    leaf = btc_quantize(tree(), policy=POLICY)["encoder"]["layers_11"]["self_attention"]["query"]["kernel"]
+    found = ElementTree.fromstring(f"<div>{leaf._repr_html_()}</div>")
+    cells = dict(zip([c.text for c in found.iter("th")], [c.text for c in found.iter("td")], strict=True))
+    assert cells["shape"] == "64 x 64"
+    assert cells["bytes"] == f"{leaf.nbytes:,}"
+    assert cells["widths"] == ", ".join(
+        f"{count} of {width} bits" for width, count in zip(*np.unique(leaf.widths, return_counts=True), strict=True)
+    )
+    assert "planes" in treescope.render_to_text(leaf)

@@ -1,9 +1,4 @@
-"""What quantization cost and saved: bits, bytes and error, for each leaf and for the tree.
-
-Bits are counted honestly: *payload* bits are those of the codes of real weights, *header* bits all that is stored
-for blocks next to them, and *effective* bits everything stored, over the number of weights: the padding of the last
-block and the seal of each leaf included.
-"""
+"""Measures the bits, bytes and error of a packed tree."""
 
 import dataclasses
 import itertools
@@ -19,6 +14,7 @@ from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error
+from btc_jax.metrics.records import LeafMetrics, Measures, Storage, TreeMetrics
 from btc_jax.policy import BTCPolicyError, Decision, Policy
 from btc_jax.sizes import leaf_nbytes
 from btc_jax.tensor import BTCTensor, is_packed
@@ -26,113 +22,6 @@ from btc_jax.tree import decide, flatten, one_policy
 
 _CACHEFUL = 2**16
 """Weights compared at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Storage:
-    """What is stored for one leaf, or for several.
-
-    Attributes:
-        weights: number of weights.
-        blocks, wide_blocks: number of blocks, and of those the wide ones.
-        payload_bits: bits of the codes of real weights, in all.
-        header_bits: bits of all headers.
-        nbytes: bytes of everything stored.
-    """
-
-    weights: int = 0
-    blocks: int = 0
-    wide_blocks: int = 0
-    payload_bits: int = 0
-    header_bits: int = 0
-    nbytes: int = 0
-
-    def __add__(self, other: "Storage") -> "Storage":
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Storage(*(a + b for a, b in pairs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Measures:
-    """The figures of one leaf, or of all quantized leaves together.
-
-    Attributes:
-        weights: number of weights.
-        wide_share: share of blocks with the wide width, 0 to 1.
-        payload_bits, header_bits, effective_bits: per weight.
-        rmse: root of the mean squared error, in units of the weights.
-        relative_rmse: `rmse` over the root mean square of the weights.
-        sqnr_db: signal to quantization noise, `10 log10(sum w^2 / sum e^2)`, in dB; infinite without error.
-        largest_error: largest absolute error of a weight.
-    """
-
-    weights: int
-    wide_share: float
-    payload_bits: float
-    header_bits: float
-    effective_bits: float
-    rmse: float
-    relative_rmse: float
-    sqnr_db: float
-    largest_error: float
-
-    @classmethod
-    def of(cls, storage: Storage, error: Error) -> "Measures":
-        n = max(storage.weights, 1)
-        relative = math.sqrt(error.errors / error.weights) if error.weights else math.inf if error.errors else 0.0
-        return cls(
-            weights=storage.weights,
-            wide_share=storage.wide_blocks / max(storage.blocks, 1),
-            payload_bits=storage.payload_bits / n,
-            header_bits=storage.header_bits / n,
-            effective_bits=8 * storage.nbytes / n,
-            rmse=math.sqrt(error.errors / n),
-            relative_rmse=relative,
-            sqnr_db=-20 * math.log10(relative) if relative else math.inf,
-            largest_error=error.largest,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafMetrics:
-    """One leaf.
-
-    Attributes:
-        path, shape, dtype: the leaf.
-        reason: why it is packed, or is not.
-        bytes_before, bytes_after: its bytes; 0 where it is the same array as one before it.
-        measures: its figures, if it is packed and not tied to another.
-        tied_to: path of the leaf that is the same array, or empty.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    reason: str
-    bytes_before: int
-    bytes_after: int
-    measures: Measures | None
-    tied_to: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeMetrics:
-    """The figures of a packed tree.
-
-    Attributes:
-        leaves: every leaf, in the order of the tree.
-        total: the figures over all weights of quantized leaves.
-        bytes_before, bytes_after: bytes of the whole tree, dense leaves included.
-    """
-
-    leaves: tuple[LeafMetrics, ...]
-    total: Measures
-    bytes_before: int
-    bytes_after: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures as plain JSON values; what is infinite becomes `None`."""
-        return jsonable(self)
 
 
 def btc_metrics(
@@ -277,14 +166,3 @@ def _decisions(params: PyTree, policy: Policy) -> dict[str, Decision]:
         return {decision.path: decision for decision in decide(params, policy)[1]}
     except BTCPolicyError as error:
         raise BTCPolicyError(f"{error}. Metrics need the policy that the tree was quantized with") from error
-
-
-def jsonable(value: Any) -> Any:
-    """Records as plain JSON values; JSON has no infinity, so what is infinite or NaN becomes `None`."""
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
