@@ -10,7 +10,7 @@ class ArgumentError(ValueError):
         name: the argument, such as `bits`.
         problem: the rest of the sentence.
 
-    Example:
+    Examples:
         >>> str(ArgumentError("bits", "is nan; it must be a positive number"))
         'bits is nan; it must be a positive number'
     """

@@ -11,7 +11,7 @@ def leaf_path(keys: tuple[Any, ...]) -> str:
     An NNX variable holds its array in an attribute `value`; that last key is left out, so that Linen and NNX
     name the same layer the same way.
 
-    Example:
+    Examples:
         >>> import jax
         >>> leaves, _ = jax.tree_util.tree_flatten_with_path({"Dense_0": {"kernel": 1.0}, "scales": [2.0]})
         >>> [leaf_path(keys) for keys, _ in leaves]

@@ -42,7 +42,7 @@ class Baseline:
 def uniform8() -> Baseline:
     """Uniform 8 bits between the extremes of the whole tensor (paper, section 2.3); float32 extremes.
 
-    Example:
+    Examples:
         >>> uniform8().header_bits
         64
     """
@@ -85,7 +85,7 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
     Returns:
         The tree with dense, quantized weights, and its figures. What is counted is what a packed form would take.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> _, metrics = apply_baseline({"kernel": jnp.ones((64, 64))}, absmax4())
         >>> metrics.total.effective_bits

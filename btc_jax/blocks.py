@@ -33,7 +33,7 @@ _LINE = 64
 def axes(ndim: int, order: Order) -> tuple[int, ...]:
     """The axes of a leaf in the order in which its weights run.
 
-    Example:
+    Examples:
         >>> axes(4, "output-major"), axes(4, "stored")
         ((3, 2, 0, 1), (0, 1, 2, 3))
         >>> axes(4, "output-major-taps"), axes(4, "stored-taps")

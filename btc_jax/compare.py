@@ -128,7 +128,7 @@ def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None)
     Args:
         on_leaf: called after each leaf of `a` with its path and its bytes when dense.
 
-    Example:
+    Examples:
         >>> import btc_jax, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name, value in (("a", 1.0), ("b", 1.5)):

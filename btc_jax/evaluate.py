@@ -94,7 +94,7 @@ def btc_evaluate(
     Raises:
         ValueError: labels or reference do not fit the inputs or the classes, there is neither, or `top_k` is below 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> apply = lambda params, x: x @ params["kernel"]
         >>> inputs, labels = jnp.eye(3), [0, 1, 1]

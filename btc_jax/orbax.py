@@ -41,7 +41,7 @@ MANIFEST = "btc_jax.json"
 class BTCCheckpointHandler(ocp.AsyncCheckpointHandler):
     """Saves and restores one packed tree. Orbax makes one by itself wherever it meets `BTCSave` or `BTCRestore`.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp, tempfile
         >>> packed = btc_jax.btc_quantize({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)})
         >>> with tempfile.TemporaryDirectory() as folder, ocp.Checkpointer(BTCCheckpointHandler()) as checkpointer:

@@ -18,7 +18,7 @@ def btc_partition(tree: PyTree) -> tuple[PyTree, PyTree]:
         Two trees of the same containers, `None` in place of the leaves of the other: dense leaves, packed leaves. JAX
         and optax take `None` for no leaf. `btc_combine` puts them together again.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax, jax.numpy as jnp, optax
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.zeros(64)}
         >>> dense, packed = btc_partition(btc_jax.btc_quantize(params, bits=4.5))
@@ -40,7 +40,7 @@ def btc_combine(dense: PyTree, packed: PyTree) -> PyTree:
     Raises:
         ValueError: if the two are not parts of one tree: containers differ, or a leaf is in both.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> btc_combine({"a": 1.0, "b": None}, {"a": None, "b": 2.0})
         {'a': 1.0, 'b': 2.0}

@@ -42,7 +42,7 @@ class Cut(NamedTuple):
     def piece(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a piece of a leaf.
 
-        Example:
+        Examples:
             >>> Cut((12, 1, 4), (0,)).piece((12, 64, 256))
             (64, 64)
         """
@@ -157,7 +157,7 @@ def joined(parts: Any, stacks: tuple[bool, ...]) -> Any:
     Args:
         stacks: of each axis of the grid, whether the pieces have no axis along it.
 
-    Example:
+    Examples:
         >>> joined(np.zeros((12, 1, 4, 64, 64)), (True, False, False)).shape
         (12, 64, 256)
     """

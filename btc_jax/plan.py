@@ -153,7 +153,7 @@ def btc_plan(
         ValueError: the target cannot be reached, whatever the values.
         TypeError: `measure` is asked of leaves without values.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax, jax.numpy as jnp
         >>> plan = btc_jax.btc_plan({"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32), "bias": jnp.zeros(64)})
         >>> [(row.path, row.reason, row.bytes_min, row.bytes_max) for row in plan.rows]

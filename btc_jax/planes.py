@@ -36,7 +36,7 @@ class PlaneSpec(NamedTuple):
 def plane_specs(widths: tuple[int, ...]) -> tuple[PlaneSpec, ...]:
     """The planes for blocks of these widths (bits, ascending).
 
-    Example:
+    Examples:
         >>> plane_specs((4, 8))
         (PlaneSpec(end=4, bits=4), PlaneSpec(end=8, bits=4))
         >>> plane_specs((3, 4))
@@ -68,7 +68,7 @@ class RowLayout(NamedTuple):
 def row_layout(block_size: int, bits: int) -> RowLayout:
     """The layout of rows of `block_size` codes.
 
-    Example:
+    Examples:
         >>> row_layout(128, 4)
         RowLayout(runs=2, lanes=8, words=8, bits=4, dtype=dtype('uint32'))
     """

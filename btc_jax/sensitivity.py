@@ -81,7 +81,7 @@ def btc_sensitivity(
             shapes fit; there is no vocabulary for random tokens; the gradient of a leaf, named by its path, is NaN or
             infinite; the tree is packed.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax, jax.numpy as jnp
         >>> params = {"a": jnp.eye(3), "b": 9 * jnp.eye(3)}
         >>> apply = lambda p, x: x @ p["a"] @ p["b"]

@@ -76,7 +76,7 @@ def _cells(tag: str, cells: Iterable[Any], aligned: Iterable[str]) -> str:
 def comparison_table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     """A row for each mapping of column name to figure; numbers are formatted by the name of their column.
 
-    Example:
+    Examples:
         >>> rows = [{"name": "float32", "bytes": 4096}, {"name": "BTC 64", "bytes": 644}]
         >>> print(as_text(comparison_table(rows, "Size")))
         Size

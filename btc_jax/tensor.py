@@ -54,7 +54,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
             `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained. Where a function is
             traced, values cannot be checked, and a changed leaf decodes to NaN. See `btc_jax.seal` for what shows.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp
         >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
         >>> q

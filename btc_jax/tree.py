@@ -84,7 +84,7 @@ def btc_quantize(
         BTCPolicyError: a rule fits no leaf, or no leaf is packed.
         TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"Dense_0": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
         >>> btc_jax.btc_quantize(params)["Dense_0"]["kernel"].nbytes
@@ -139,7 +139,7 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         A tree with the structure, shapes and dtypes of the one that was quantized; float64 only under jax's x64 mode.
         A packed leaf at two paths is decoded once.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64)}
         >>> decoded = btc_jax.btc_dequantize(btc_jax.btc_quantize(params))
@@ -165,7 +165,7 @@ def btc_allocate(
 
     Args, raises: as `btc_quantize`.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
         >>> [(rule.pattern, rule.order) for rule in btc_jax.btc_allocate(params, bits=4).rules]
@@ -190,7 +190,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
 
     Args, raises: as `btc_quantize`.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax, jax.numpy as jnp
         >>> loss = lambda p: jnp.sum(btc_jax.btc_reconstruct(p)["kernel"] ** 2)
         >>> float(jax.jit(jax.grad(loss))({"kernel": jnp.full((64, 64), 0.5)})["kernel"][0, 0])

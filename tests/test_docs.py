@@ -87,7 +87,7 @@ def test_the_readme_shows_what_it_says(presupposed, tmp_path, monkeypatch):
     assert names["metrics"].total.effective_bits <= 4.5
     assert names["logits"].shape == (32, 64)
     assert jax.tree.structure(names["params"]) == jax.tree.structure(presupposed["params"])
-    assert len(rest) >= 2
+    assert rest
 
 
 def commands(page):
@@ -109,8 +109,9 @@ def test_btc_lines_run(page, presupposed, tmp_path, monkeypatch):
             assert result.stdout, line
 
 
-def test_the_readme_shows_every_command():
-    shown = {shlex.split(line)[1] for line in commands(ROOT / "README.md") if line.startswith("btc ")}
+def test_the_guide_shows_every_command():
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    shown = set(re.findall(r"^\$ btc (\w+)", text, re.MULTILINE))
     listed = CliRunner().invoke(app, ["--help"]).stdout.partition("Commands:")[2]
     assert shown == set(re.findall(r"^  (\w+) {2,}", listed, re.MULTILINE))
 

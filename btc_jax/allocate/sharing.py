@@ -80,7 +80,7 @@ def sharing_of(**goal: Unpack[Goal]) -> Sharing:
             more, or are given for a target that names the error of the weights.
         TypeError: there is no keyword of that name.
 
-    Example:
+    Examples:
         >>> sharing_of(bits=4.5, sensitivity={"a": {"kernel": 2.0}}).sensitivity
         {'a/kernel': 2.0}
     """

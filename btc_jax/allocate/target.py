@@ -42,7 +42,7 @@ def target_of(**targets: Any) -> Target | None:
     Raises:
         ValueError: several are given, or one is not a positive number.
 
-    Example:
+    Examples:
         >>> target_of(bits=None, size="25MB")
         Target(kind='size', value=25000000.0, named=True)
     """
@@ -68,7 +68,7 @@ def nbytes_of(size: Any, name: str = "size") -> float:
     Raises:
         ValueError: it is not a size of 1 byte or more.
 
-    Example:
+    Examples:
         >>> nbytes_of("1.5KiB")
         1536.0
     """

@@ -28,7 +28,7 @@ def register_backend(form: type[Format], platform: str, backend: Backend) -> Non
 def backend() -> str:
     """What decodes packed weights on the CPUs of this process, in a line.
 
-    Example:
+    Examples:
         >>> backend().split(":")[0] in ("native kernels", "XLA")
         True
     """

@@ -99,7 +99,7 @@ def to_json(value: Any) -> Any:
     Raises:
         TypeError: it is not plain.
 
-    Example:
+    Examples:
         >>> to_json(("a", None, [1.5]))
         ['a', None, {'list': [1.5]}]
     """

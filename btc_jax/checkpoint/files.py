@@ -86,7 +86,7 @@ def read_at(handle: int, offset: int, nbytes: int, what: str) -> np.ndarray:
 def crc32c(*parts: np.ndarray | bytes) -> str:
     """CRC-32C (Castagnoli) of some bytes after others, as eight hexadecimal digits.
 
-    Example:
+    Examples:
         >>> crc32c(b"1234", b"56789")
         'e3069283'
     """

@@ -157,7 +157,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         FileNotFoundError: there is nothing at `path`.
         BTCFormatError: it is no compressed checkpoint, or its header is damaged.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     size = btc_jax.save(f"{folder}/m.safetensors", {"a": {"kernel": jnp.ones((2, 3))}, "b": jnp.zeros(4)})

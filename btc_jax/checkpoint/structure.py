@@ -41,7 +41,7 @@ def describe(tree: PyTree, paths: Sequence[str]) -> Any:
     Raises:
         TypeError: a key is neither text nor a whole number, or the tree is too deep.
 
-    Example:
+    Examples:
         >>> describe({"a": (1.0, None), "b": {"c": 2.0}}, ["a/0", "b/c"])
         ['dict', ['a', 'b'], [['tuple', [0, None]], ['paths', 1, 1]]]
     """

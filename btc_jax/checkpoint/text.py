@@ -36,7 +36,7 @@ def canonical(value: Any) -> str:
 def parsed_nbytes(text: str) -> int:
     """Bytes that a JSON text takes at most while it is parsed and compared.
 
-    Example:
+    Examples:
         >>> parsed_nbytes('["a",1]')
         231
     """

@@ -53,7 +53,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         BTCTreeWarning: if something will come back as something else unless `load` is given a template, such as a
             variable of a class of your own.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
         >>> packed = btc_jax.btc_quantize({"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)})
         >>> with tempfile.TemporaryDirectory() as folder:

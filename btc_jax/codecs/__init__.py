@@ -24,7 +24,7 @@ def codec_for(form: Format) -> Codec:
     Raises:
         TypeError: it is another format.
 
-    Example:
+    Examples:
         >>> codec_for(UniformFormat(32, (4, 8)))
         Uniform(block_size=32, low_bits=4, high_bits=8, threshold='auto', header_dtype='float16')
     """
@@ -45,7 +45,7 @@ def codec_from_json(config: Mapping[str, Any]) -> Codec:
     Raises:
         ValueError: the id is unknown, or a field is missing, unknown, or out of range.
 
-    Example:
+    Examples:
         >>> codec_from_json({"id": "uniform", "block_size": 32})
         Uniform(block_size=32, low_bits=4, high_bits=8, threshold=0.05, header_dtype='float16')
     """

@@ -73,7 +73,7 @@ class Multilevel(Codec):
         ValueError: an argument is out of its range.
         TypeError: a number is not whole.
 
-    Example:
+    Examples:
         >>> Multilevel().formats, len(Multilevel(width="leaf").formats)
         ((MultilevelFormat(block_size=32, width=None),), 9)
     """

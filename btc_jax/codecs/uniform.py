@@ -60,7 +60,7 @@ class Uniform(Codec):
         ValueError: an argument is out of its range.
         TypeError: an argument is not a number.
 
-    Example:
+    Examples:
         >>> Uniform(block_size=32).formats
         (UniformFormat(block_size=32, widths=(4, 8), header_dtype='float16'),)
     """

@@ -45,7 +45,7 @@ def register_format(form: _F) -> _F:
         ValueError: another format has the same `id`.
         TypeError: it is not a subclass of `Format`, or its `id` is not text.
 
-    Example:
+    Examples:
         >>> import dataclasses
         >>> from btc_jax import UniformFormat, register_format
         >>> @register_format
@@ -85,7 +85,7 @@ def format_from_json(config: Mapping[str, Any]) -> Format:
         UnknownFormatError: the id is unknown.
         ValueError: a field is missing, unknown, or out of range.
 
-    Example:
+    Examples:
         >>> format_from_json({"id": "uniform", "block_size": 32, "widths": [4]})
         UniformFormat(block_size=32, widths=(4,), header_dtype='float16')
     """

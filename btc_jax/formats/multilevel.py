@@ -56,7 +56,7 @@ class MultilevelFormat(Format):
         ValueError: an argument is out of its range.
         TypeError: a number is not whole.
 
-    Example:
+    Examples:
         >>> MultilevelFormat().widths, MultilevelFormat(width=4).widths
         ((0, 1, 2, 3, 4, 5, 6, 7, 8), (4,))
     """

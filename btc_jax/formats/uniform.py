@@ -33,7 +33,7 @@ class UniformFormat(Format):
         ValueError: an argument is out of its range.
         TypeError: a number is not whole.
 
-    Example:
+    Examples:
         >>> UniformFormat(block_size=32).widths
         (4, 8)
     """

@@ -47,7 +47,7 @@ def fused(f: Callable[_P, _R]) -> Callable[_P, _R]:
     Raises:
         TypeError: as of `f`; and where `f` returns what is no array.
 
-    Example:
+    Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, btc_jax
         >>> model, x = nn.Dense(512), jnp.ones((1, 512))
         >>> packed = btc_jax.btc_quantize(model.init(jax.random.key(0), x), bits=4.5)

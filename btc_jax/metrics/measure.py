@@ -37,7 +37,7 @@ def btc_metrics(
     Raises:
         ValueError: the trees differ in paths or shapes, or have changed places, or nothing was quantized.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"kernel": jnp.linspace(-0.1, 0.1, 4096).reshape(64, 64), "bias": jnp.zeros(64)}
         >>> metrics = btc_jax.btc_metrics(params, btc_jax.btc_quantize(params))

@@ -105,7 +105,7 @@ class Policy:
     Raises:
         BTCPolicyError: if an argument is of the wrong kind.
 
-    Example:
+    Examples:
         >>> policy = Policy(Uniform(block_size=32), rules=(Rule("*/head/*", None),))
         >>> paths = ("net/body/kernel", "net/body/bias", "net/head/kernel")
         >>> leaves = [LeafSpec(path, (64, 64), jnp.dtype("float32")) for path in paths]

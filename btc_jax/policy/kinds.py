@@ -43,7 +43,7 @@ def kind_of(path: str) -> str:
 
     Both `/` and `.` separate the parts of a path, as trees and PyTorch have them.
 
-    Example:
+    Examples:
         >>> [kind_of(path) for path in ("layers/query/kernel", "layers/query/bias", "model.norm.weight", "wpe.weight")]
         ['', 'bias', 'norm', 'position table']
     """
@@ -93,7 +93,7 @@ def order_of(path: str) -> Order:
     As they are stored, if each row is the vector of a token (embeddings), or of an output (`weight`, as PyTorch and
     Equinox have it); else output by output.
 
-    Example:
+    Examples:
         >>> [order_of(path) for path in ("embed/embedding", "fc.weight", "Dense_0/kernel")]
         ['stored', 'stored', 'output-major']
     """
@@ -104,7 +104,7 @@ def order_of(path: str) -> Order:
 def is_embedding(path: str) -> bool:
     """Whether each row of a leaf is the vector of a token.
 
-    Example:
+    Examples:
         >>> [is_embedding(path) for path in ("embed/embedding", "wte.weight", "fc.weight")]
         [True, True, False]
     """
@@ -120,7 +120,7 @@ def normalized_by_linen(paths: Sequence[str]) -> set[str]:
     Both map over the arrays of all variables of their layer, so a packed leaf would be taken for several. They keep
     what they add under the name of the leaf: `WeightNorm_0` has the key `Dense_0/kernel/scale`.
 
-    Example:
+    Examples:
         >>> normalized_by_linen(["Dense_0/kernel", "Dense_1/kernel", "WeightNorm_0/Dense_0/kernel/scale"])
         {'Dense_0/kernel'}
     """

@@ -64,7 +64,7 @@ class Rule:
     Raises:
         BTCPolicyError: if the regular expression is malformed, or an argument is of the wrong kind.
 
-    Example:
+    Examples:
         >>> Rule("*/head/*", None), Rule("*/router/*", weight=10.0).codec
         (Rule(pattern='*/head/*', codec=None, order=None, weight=1.0, stack=None, pieces=None), 'default')
     """
@@ -107,7 +107,7 @@ class Rule:
     def matches(self, path: str) -> bool:
         """Whether the rule is about a leaf.
 
-        Example:
+        Examples:
             >>> Rule("*/kernel").matches("encoder/layer_0/kernel"), Rule("kernel").matches("head/kernel")
             (True, False)
         """
@@ -130,7 +130,7 @@ class Rule:
 def first_matches(rules: Sequence[Rule], paths: Sequence[str]) -> list[int]:
     """For each path the number of the first rule that matches it, from 1; 0 where none does.
 
-    Example:
+    Examples:
         >>> first_matches([Rule("a/*"), Rule("*/kernel")], ["a/kernel", "b/kernel", "b/bias"])
         [1, 2, 0]
     """

@@ -27,7 +27,7 @@ def stacks(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[int]
     Experts are known by their name. Layers that are stacked show it by a bias, or the scale of a norm, that has an axis
     more: then all leaves of the part of the tree that have its first axis are stacked.
 
-    Example:
+    Examples:
         >>> stacks(["layers/norm/scale", "layers/mlp/kernel", "head/kernel"], [(12, 64), (12, 64, 256), (64, 100)])
         [12, 12, 1]
         >>> stacks(["moe/experts/kernel"], [(8, 64, 256)])

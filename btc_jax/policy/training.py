@@ -59,7 +59,7 @@ def by_path(paths: Sequence[str]) -> list[str]:
     The innermost name decides, so that gradients that an optimizer accumulates are gradients. Both `/` and `.`
     separate the parts of a path.
 
-    Example:
+    Examples:
         >>> by_path(["params/v/kernel", "opt_state/0/mu/v/kernel", "ema_params/v/kernel", "grads/v/kernel"])
         ['', 'optimizer state', 'moving average', 'gradients']
     """
@@ -117,7 +117,7 @@ def by_container(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[str]:
     """What each leaf is to the training, by the types of the containers around it: a state of optax, or of NNX's
     optimizer; empty where they do not tell.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax
         >>> by_container((jnp.ones(3), optax.TraceState({"w": jnp.ones(3)})), lambda x: False)
         ['', 'optimizer state']

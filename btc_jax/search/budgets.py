@@ -24,7 +24,7 @@ class Budgets:
         first: where the limit is expected; `None` where nothing is known.
         predictable: later trials will say how far off they were.
 
-    Example:
+    Examples:
         >>> budgets, tried = Budgets(2, 8, 0.1, first=4.4), []
         >>> while (bits := budgets.next()) is not None:
         ...     tried.append(bits)

@@ -76,7 +76,7 @@ def btc_search(
         ValueError: a limit cannot be, or is about what `evaluate` does not return; there is no block size; the range of
             bits is no range or cannot be reached; nothing limits the bits; and what `btc_quantize` raises.
 
-    Example:
+    Examples:
         >>> import jax, btc_jax
         >>> params = {"kernel": 0.1 * jax.random.normal(jax.random.key(0), (64, 64))}
         >>> result = btc_search(params, max_rmse=2e-3)

@@ -31,7 +31,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             one that is), it is truncated, damaged or ambiguous, or it holds Python objects.
         ImportError: an Orbax checkpoint, and the extra is not installed.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.savez(f"{folder}/net.npz", kernel=np.ones((2, 3), np.float32))

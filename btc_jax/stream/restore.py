@@ -51,7 +51,7 @@ def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = N
         BTCFormatError: the checkpoint cannot be read, or is damaged.
         OSError: the target could not be written.
 
-    Example:
+    Examples:
         >>> import btc_jax, jax, jax.numpy as jnp, tempfile
         >>> tree = {"kernel": jnp.ones((64, 64)), "key": jax.random.key(0), "name": "net"}
         >>> with tempfile.TemporaryDirectory() as folder:
