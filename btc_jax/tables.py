@@ -41,6 +41,35 @@ class Shown:
         return as_html(self.table())
 
 
+class Drawn(Shown):
+    """A record that can be drawn too."""
+
+    def draw(self, ax: Any) -> None:
+        """Draws the record on a matplotlib axis."""
+        raise NotImplementedError
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the record with matplotlib.
+
+        Args:
+            ax: the axis to draw on; a new one if left out.
+
+        Returns:
+            The axis.
+
+        Raises:
+            ImportError: if there is no axis, and matplotlib is not installed.
+        """
+        if ax is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError as error:
+                raise ImportError('plots need matplotlib: pip install "btc_jax[plot]"') from error
+            ax = pyplot.subplots(layout="constrained")[1]
+        self.draw(ax)
+        return ax
+
+
 def as_text(table: Table, columns: int = _COLUMNS) -> str:
     """A table as lines without trailing spaces, in at most so many columns."""
     console = Console(width=columns, file=io.StringIO(), color_system=None)
@@ -105,8 +134,14 @@ def new_table(title: str, columns: Iterable[str]) -> Table:
 
 
 def add_row(table: Table, cells: Iterable[str], style: str | None = None) -> None:
-    """Adds a row of plain text: a path or an error message may contain what rich takes for markup."""
-    table.add_row(*map(Text, cells), style=style)
+    """Adds a row of plain text: a path or an error message may contain markup, or what a terminal obeys."""
+    table.add_row(*(Text(printable(cell)) for cell in cells), style=style)
+
+
+def printable(text: str) -> str:
+    """One line without control characters, which are escaped."""
+    text = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shape_cell(shape: tuple[int, ...]) -> str:
@@ -120,21 +155,6 @@ def codec_cell(codec: Mapping[str, Any], order: str) -> str:
     if (width := codec.get("width")) is not None:
         words.append("one width" if width == "leaf" else f"{width} bits")
     return ", ".join([*words, "taps"] if order.endswith("-taps") else words)
-
-
-def axis(ax: Any) -> Any:
-    """A matplotlib axis: the given one, or a new one.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "btc_jax[plot]"') from error
-    return pyplot.subplots(layout="constrained")[1]
 
 
 def _figure(name: str, value: Any) -> str:

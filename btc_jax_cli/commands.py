@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from btc_jax_cli.console import OneLineErrors, diff_row, inspect_row, plain, show
+from btc_jax_cli.console import OneLineErrors, diff_row, inspect_row, show
 from btc_jax_cli.options import How, shard_bytes, takes_how
 
 if TYPE_CHECKING:
@@ -88,13 +88,12 @@ def plan(
     policy, _ = how.policy_and_bytes(source)
     with progress("measuring", None if measure else 0):
         found = plan_file(source, policy=policy, measure=measure, **how.goal)
-    rows = [dataclasses.replace(row, path=plain(row.path)) for row in found.rows]
     vague = found.target is not None and found.bytes_min < found.bytes_max
     hint = [] if not vague else ["--measure reads the values, and tells the size of each leaf exactly."]
     show(
         as_json,
         found.to_json(),
-        lambda: dataclasses.replace(found, rows=tuple(rows)).table(source.name, full=True),
+        lambda: found.table(source.name, full=True),
         *hint,
     )
 

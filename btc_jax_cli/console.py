@@ -75,7 +75,7 @@ def inspect_row(leaf: dict[str, Any]) -> dict[str, str]:
     row |= {"codec": stored, "bits": bits and f"{bits:.3f}", "bytes": f"{leaf['bytes']:,}"}
     if isinstance(error, dict):
         row["SQNR dB"] = _figure(error.get("sqnr_db"), ".2f")
-    return {name: plain(str(value or "")) for name, value in row.items()}
+    return {name: str(value or "") for name, value in row.items()}
 
 
 def diff_row(leaf: "btc_jax.compare.Difference") -> dict[str, str]:
@@ -90,7 +90,7 @@ def diff_row(leaf: "btc_jax.compare.Difference") -> dict[str, str]:
     cells = {
         name: "" if leaf.rmse is None else _figure(figure, formats.get(name, ".3g")) for name, figure in figures.items()
     }
-    return {"leaf": plain(leaf.path), **cells, "reason": plain(leaf.note)}
+    return {"leaf": leaf.path, **cells, "reason": leaf.note}
 
 
 def _figure(value: Any, how: str) -> str:

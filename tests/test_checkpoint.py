@@ -649,3 +649,17 @@ def test_an_interrupt_after_the_index_is_in_place_keeps_the_new_checkpoint(tmp_p
         save(path, {"a": np.ones(300)}, max_shard_bytes=10_000)
     monkeypatch.undo()
     assert load(path)["a"][0] == 1.0
+
+
+def test_an_open_checkpoint_is_a_mapping(tmp_path):
+    tree = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": btc_quantize({"kernel": jnp.ones((64, 64))})}
+    save(tmp_path / "m.safetensors", tree)
+    with open_checkpoint(tmp_path / "m.safetensors") as one, open_checkpoint(tmp_path / "m.safetensors") as other:
+        assert (list(one), len(one)) == (["a/kernel", "b/kernel"], 2)
+        np.testing.assert_array_equal(one["a/kernel"], tree["a"]["kernel"])
+        assert {path: is_packed(leaf) for path, leaf in one.items()} == {"a/kernel": False, "b/kernel": True}
+        assert "a/kernel" in one
+        assert one.get("c") is None
+        assert one == one
+        assert one != other
+        assert repr(one).endswith(f"m.safetensors': 2 leaves, 1 packed, {one.nbytes:,} bytes)")

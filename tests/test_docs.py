@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from safetensors.numpy import save_file
@@ -88,6 +89,34 @@ def test_the_readme_shows_what_it_says(presupposed, tmp_path, monkeypatch):
     assert names["logits"].shape == (32, 64)
     assert jax.tree.structure(names["params"]) == jax.tree.structure(presupposed["params"])
     assert rest
+
+
+def test_transcripts_are_what_the_command_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    rng = np.random.default_rng(0)
+    leaves = {"encoder/layer_0/kernel": 0.1 * rng.standard_normal((64, 64), dtype=np.float32)}
+    leaves |= {"encoder/layer_0/bias": np.zeros(64, np.float32)}
+    leaves |= {"head/kernel": 0.2 * rng.standard_normal((64, 64), dtype=np.float32)}
+    save_file(leaves, "model.safetensors")
+    found = blocks(ROOT / "docs" / "command-line.md", "console")
+    assert len(found) > 5
+    for block in found:
+        line, _, shown = block.strip().partition("\n")
+        result = CliRunner().invoke(app, shlex.split(line.removeprefix("$ btc ")), catch_exceptions=False)
+        assert timeless(result.stdout + result.stderr) == timeless(shown), line
+
+
+def timeless(text):
+    return re.sub(r"[0-9.]+ s$", "T s", text.strip(), flags=re.MULTILINE)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert {f'id="btc_jax.{name}"' in api for name in ("btc_quantize", "BTCTensor", "fused", "Checkpoint")} == {True}
 
 
 def commands(page):

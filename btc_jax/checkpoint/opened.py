@@ -28,7 +28,7 @@ PathLike = str | os.PathLike[str]
 
 
 class Checkpoint(Mapping[str, Any]):
-    """An open checkpoint: a mapping from paths to leaves, each of which is read when it is asked for.
+    """An open checkpoint: a mapping from paths to leaves, which are read on access.
 
     A context manager. `checkpoint[path]` is `checkpoint.read(path)`.
 

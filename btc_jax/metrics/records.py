@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from btc_jax.coding import Error
-from btc_jax.tables import Shown, add_row, axis, new_table, shape_cell
+from btc_jax.tables import Drawn, add_row, new_table, shape_cell
 
 _SHORT = ("leaf", "shape", "reason", "bytes", "packed", "effective", "SQNR dB")
 _FULL = (*_SHORT[:5], "wide", "payload", "header", "effective", "rmse", "rel. rmse", "SQNR dB", "largest")
@@ -106,7 +106,7 @@ class LeafMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
-class TreeMetrics(Shown):
+class TreeMetrics(Drawn):
     """The figures of a packed tree. `print` shows them as a table.
 
     Attributes:
@@ -145,26 +145,14 @@ class TreeMetrics(Shown):
         add_row(table, [cells.get(name, "") for name in columns], "bold")
         return table
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the effective bits of each packed leaf, in the order of the tree, and their mean.
-
-        Args:
-            ax: the matplotlib axis; a new one if left out.
-
-        Returns:
-            The axis.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        ax = axis(ax)
+    def draw(self, ax: Any) -> None:
+        """Draws the effective bits of each packed leaf, in the order of the tree, and their mean."""
         leaves = [(leaf.path, leaf.measures.effective_bits) for leaf in self.leaves if leaf.measures]
         ax.barh([path for path, _ in leaves], [bits for _, bits in leaves])
         ax.axvline(self.total.effective_bits, linestyle="--", color="0.3", label="all packed leaves")
         ax.invert_yaxis()
         ax.set_xlabel("effective bits per weight")
         ax.legend()
-        return ax
 
 
 def _figures(m: Measures) -> dict[str, str]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from btc_jax._typing import PyTree
 from btc_jax.search.trial import Trial
-from btc_jax.tables import Shown, add_row, axis, new_table
+from btc_jax.tables import Drawn, add_row, new_table
 
 
 class SearchStatus(enum.StrEnum):
@@ -27,7 +27,7 @@ class SearchStatus(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchResult(Shown):
+class SearchResult(Drawn):
     """What a search found. `print` shows it as a table of its trials.
 
     Attributes:
@@ -62,19 +62,8 @@ class SearchResult(Shown):
         table.caption = Text(self.message)
         return table
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the error of each trial against its effective bits, and marks the best one.
-
-        Args:
-            ax: the matplotlib axis; a new one if left out.
-
-        Returns:
-            The axis.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        ax = axis(ax)
+    def draw(self, ax: Any) -> None:
+        """Draws the error of each trial against its effective bits, and marks the best one."""
         for label, marker, trials in (
             ("within the limits", "o", [trial for trial in self.trials if trial.held]),
             ("over a limit", "x", [trial for trial in self.trials if not trial.held]),
@@ -87,7 +76,6 @@ class SearchResult(Shown):
         ax.set_xlabel("effective bits per weight")
         ax.set_ylabel("RMSE of the weights")
         ax.legend()
-        return ax
 
 
 _COLUMNS = (
