@@ -33,7 +33,7 @@ def tie(leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[Decision]:
 
 def _key(leaf: Any, how: Decision) -> Any:
     """The same for leaves that can be one."""
-    return (id(leaf), how.codec, None if how.free else how.order) if can_be_tied(leaf) else how.path
+    return (id(leaf), how.codec, None if how.allow_transform else how.order) if can_be_tied(leaf) else how.path
 
 
 def first_paths(leaves: Mapping[str, Any]) -> dict[str, str]:

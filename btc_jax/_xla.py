@@ -45,7 +45,7 @@ def row_sums(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=product, default=lambda x: x.sum(1))
 
 
-def apart(function: Callable[..., Array], *arrays: Any) -> Array:
+def no_fusion(function: Callable[..., Array], *arrays: Any) -> Array:
     """`function(*arrays)`, compiled apart from what is done with its result.
 
     XLA:CPU fuses a reshape of the result into the loops of `function`, which then are not vectorized and take twice

@@ -28,8 +28,10 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
             check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
     taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
-    shared = taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.adaptive]
-    beside = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
+    shared = (
+        taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.rate_controlled]
+    )
+    dense = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
     found = {}
     if sharing.target and not taken:
         raise ArgumentError(
@@ -39,7 +41,7 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
     if shared:
         items = [item for leaf, how in shared for item in _items(leaf, how, cuts[how.path])]
         choices: dict[str, list[Recipe]] = {how.path: [] for _, how in shared}
-        for item, choice in zip(items, allocate(items, sharing, nbytes_beside=beside), strict=True):
+        for item, choice in zip(items, allocate(items, sharing, other_nbytes=dense), strict=True):
             choices[item.path].append(choice)
         found = {path: _of_leaf(parts, cuts[path]) for path, parts in choices.items()}
     recipes = [how.codec and found.get(how.tied_to or how.path) for how in decisions]
@@ -57,7 +59,7 @@ def cut_by(leaf: Any, how: Decision) -> Cut | None:
 def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
     """The leaf, or each of its pieces."""
     assert how.codec is not None
-    whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.free, how.weight)
+    whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.allow_transform, how.weight)
     whole = whole._replace(matrix=whole.size // max(how.stack, 1))
     if cut is None:
         return [whole]

@@ -20,7 +20,7 @@ from btc_jax._typing import Array, Float, Order
 from btc_jax.backends import backend_for, xla
 from btc_jax.backends.xla import narrowed
 from btc_jax.blocks import blocks_of, join, spare_of, tap_sizes
-from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves, Setting
+from btc_jax.codecs import BlockStatistics, Codec, LeafParams, LeafStatistics, Leaves
 from btc_jax.codecs.statistics import on_host, statistics_of, whole
 from btc_jax.formats import Format
 from btc_jax.pieces import Cut, cut_up, joined, parts_of
@@ -93,33 +93,33 @@ def pack(leaf: Any, recipe: Recipe, path: str = "leaf") -> Packed:
         ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
     form, blocks = recipe.form, blocks_in(leaf, recipe.form.block_size, recipe.order)
-    setting, whole_leaf = surveyed(blocks, recipe)
+    leaf_params, whole_leaf = surveyed(blocks, recipe)
     scale = np.float32(whole_leaf.rms or 1)
     dtype = jnp.dtype(jnp.float32) if _is_transformed(leaf, recipe) else jax.dtypes.canonicalize_dtype(leaf.dtype)
-    tiles = encoded(blocks, recipe, setting, scale, dtype, finish=functools.partial(_rows_kept, form))
+    tiles = encoded(blocks, recipe, leaf_params, scale, dtype, finish=functools.partial(_rows_kept, form))
     tile = jax.tree.map(lambda *arrays: np.concatenate(arrays), *tiles)
-    if not recipe.codec.fits(tile.header | setting):
+    if not recipe.codec.fits(tile.header | leaf_params):
         raise LeafError(path, what_does_not_fit(leaf, recipe.codec))
     noise = float(scale) ** 2 * float(tile.noise.sum(dtype=np.float64))
     error = Error(float(whole_leaf.rms) ** 2 * blocks.size, noise, float(tile.largest.max(initial=0)))
-    header = form.pack_header(tile.widths, tile.header, setting)
+    header = form.pack_header(tile.widths, tile.header, leaf_params)
     planes = tuple(plane for plane in tile.rows if len(plane))
     return Packed(planes, header, None if _is_transformed(leaf, recipe) else error)
 
 
 def encoded(
-    blocks: Blocks, recipe: Recipe, setting: Setting, scale: Any, dtype: Any = "float32", **finish: Any
+    blocks: Blocks, recipe: Recipe, leaf_params: LeafParams, scale: Any, dtype: Any = "float32", **finish: Any
 ) -> list[xla.Encoded]:
     """Every tile as it is encoded, on the host.
 
     Args:
-        setting, scale: a number for all blocks, or one for each.
+        leaf_params, scale: a number for all blocks, or one for each.
         dtype: what decoded weights are rounded to.
         finish: see `results`.
     """
     codec = {"encoder": recipe.codec.encoder, "form": recipe.form, "dtype": np.dtype(dtype)}
     program = functools.partial(backend_for(recipe.form, blocks.platform).encode, **codec)
-    return results(program, blocks, scale, setting, **finish)
+    return results(program, blocks, scale, leaf_params, **finish)
 
 
 def statistics_in(blocks: Blocks) -> BlockStatistics:
@@ -127,11 +127,13 @@ def statistics_in(blocks: Blocks) -> BlockStatistics:
     return on_host(jax.tree.map(lambda *arrays: np.concatenate(arrays), *results(xla.statistics, blocks)))
 
 
-def tuned(recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
-    """The setting on the host, in float32."""
-    with np.errstate(all="ignore"):  # a weight that is not finite makes a setting that is not
-        setting = recipe.codec.tune(recipe.form, leaf, blocks, leaves, slope)
-        return {name: np.asarray(value, np.float32) for name, value in setting.items()}
+def params_of_leaf(
+    recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
+) -> LeafParams:
+    """The leaf parameters on the host, in float32."""
+    with np.errstate(all="ignore"):  # a weight that is not finite makes leaf parameters that are not
+        leaf_params = recipe.codec.leaf_params(recipe.form, leaf, blocks, leaves, slope)
+        return {name: np.asarray(value, np.float32) for name, value in leaf_params.items()}
 
 
 def nbytes_of(leaf: Any, recipe: Recipe) -> int:
@@ -147,9 +149,9 @@ def nbytes_of(leaf: Any, recipe: Recipe) -> int:
 def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
     """How many blocks have each of the widths of the format."""
     blocks = blocks_in(leaf, recipe.form.block_size, recipe.order)
-    setting, _ = surveyed(blocks, recipe)
+    leaf_params, _ = surveyed(blocks, recipe)
     counts = np.zeros(9, np.int64)
-    for tile in encoded(blocks, recipe, setting, np.float32(1)):
+    for tile in encoded(blocks, recipe, leaf_params, np.float32(1)):
         counts += np.bincount(np.asarray(tile.widths), minlength=9)
     return tuple(counts[list(recipe.form.widths)].tolist())
 
@@ -182,15 +184,15 @@ def _reconstruct(codec: Codec, form: Format, order: Order, leaf: Array, slope: A
     blocks, spare = blocks_of(leaf, form.block_size, order), jnp.asarray(spare_of(leaf.size, form.block_size))
     count = blocks.shape[0]
     statistics = xla.in_chunks(statistics_of, form.block_size, count, blocks, spare)
-    setting = codec.tune(form, whole(statistics, _ONE), statistics, _ONE, slope)
-    setting = {name: jnp.broadcast_to(jnp.float32(value), (count,)) for name, value in setting.items()}
+    leaf_params = codec.leaf_params(form, whole(statistics, _ONE), statistics, _ONE, slope)
+    leaf_params = {name: jnp.broadcast_to(jnp.float32(value), (count,)) for name, value in leaf_params.items()}
 
-    def decoded(blocks: Array, spare: Array, setting: Setting) -> tuple[Array, Setting]:
-        widths, codes, header = codec.encode(form, blocks, spare, setting)
-        return form.decode(codes, form.grid(widths, header | setting)), header
+    def decoded(blocks: Array, spare: Array, leaf_params: LeafParams) -> tuple[Array, LeafParams]:
+        widths, codes, header = codec.encode(form, blocks, spare, leaf_params)
+        return form.decode(codes, form.grid(widths, header | leaf_params)), header
 
-    weights, header = xla.in_chunks(decoded, form.block_size, count, blocks, spare, setting)
-    fits = codec.fits(header | setting)
+    weights, header = xla.in_chunks(decoded, form.block_size, count, blocks, spare, leaf_params)
+    fits = codec.fits(header | leaf_params)
     return narrowed(join(jnp.where(fits, weights, jnp.nan), leaf.shape, order), leaf.dtype)
 
 
@@ -199,11 +201,11 @@ def _straight_through(codec: Codec, form: Format, order: Order, primals: Any, ta
     return _reconstruct(codec, form, order, *primals), tangents[0]
 
 
-def surveyed(blocks: Blocks, recipe: Recipe) -> tuple[Setting, LeafStatistics]:
-    """The setting of a leaf from the statistics of all its blocks."""
+def surveyed(blocks: Blocks, recipe: Recipe) -> tuple[LeafParams, LeafStatistics]:
+    """The leaf parameters from the statistics of all its blocks."""
     statistics = statistics_in(blocks)
     leaf = whole(statistics, _ONE)
-    return tuned(recipe, leaf, statistics, _ONE, np.float64(recipe.slope)), leaf
+    return params_of_leaf(recipe, leaf, statistics, _ONE, np.float64(recipe.slope)), leaf
 
 
 def _rows_kept(form: Format, tile: xla.Encoded) -> xla.Encoded:

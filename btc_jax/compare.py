@@ -23,7 +23,7 @@ _CHUNK = 2**22
 """Weights that are compared at a time, in float64."""
 
 
-class Side:
+class AnyCheckpoint:
     """One of two checkpoints, compressed or dense, open for reading. A context manager.
 
     Attributes:
@@ -46,14 +46,14 @@ class Side:
         """Bytes of all leaves when dense."""
         return sum(dense_nbytes(*leaf) for leaf in self.leaves.values())
 
-    def __enter__(self) -> "Side":
+    def __enter__(self) -> "AnyCheckpoint":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._opened.close()
 
 
-def open_side(path: str | os.PathLike[str]) -> Side:
+def open_any(path: str | os.PathLike[str]) -> AnyCheckpoint:
     """A compressed checkpoint, or a dense one of any kind that `open_source` reads.
 
     Raises:
@@ -61,14 +61,14 @@ def open_side(path: str | os.PathLike[str]) -> Side:
         ValueError: it is neither, or damaged.
     """
     with suppress(BTCNotCompressedError):
-        return Side(open_checkpoint(path))
+        return AnyCheckpoint(open_checkpoint(path))
     source = open_source(path)
     if source.compressed:
         raise ValueError(
             f"{path} is a compressed tree in an Orbax checkpoint; restore it in Python with btc_jax.orbax, and compare "
             "what btc_jax.save writes"
         )
-    return Side(source)
+    return AnyCheckpoint(source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def dense_nbytes(shape: tuple[int, ...], dtype: str) -> int:
         return 0
 
 
-def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None) -> Comparison:
+def compare(a: AnyCheckpoint, b: AnyCheckpoint, on_leaf: Callable[[str, int], None] | None = None) -> Comparison:
     """Compares `b` with `a`, the original.
 
     Args:
@@ -133,7 +133,7 @@ def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     for name, value in (("a", 1.0), ("b", 1.5)):
         ...         _ = btc_jax.save(f"{folder}/{name}", {"same": jnp.ones(3), "other": jnp.full(3, value)})
-        ...     with open_side(f"{folder}/a") as a, open_side(f"{folder}/b") as b:
+        ...     with open_any(f"{folder}/a") as a, open_any(f"{folder}/b") as b:
         ...         found = compare(a, b)
         >>> [(leaf.path, leaf.rmse) for leaf in found.different]
         [('other', 0.5)]
@@ -152,7 +152,7 @@ def compare(a: Side, b: Side, on_leaf: Callable[[str, int], None] | None = None)
     return Comparison(tuple(leaves), all_)
 
 
-def _compared(path: str, a: Side, b: Side) -> tuple[Difference, Error, int]:
+def _compared(path: str, a: AnyCheckpoint, b: AnyCheckpoint) -> tuple[Difference, Error, int]:
     if path not in a.leaves or path not in b.leaves:
         return Difference(path, False, f"only in the {'first' if path in a.leaves else 'second'}"), Error(), 0
     (shape, dtype), (other, cast) = a.leaves[path], b.leaves[path]

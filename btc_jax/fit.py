@@ -156,9 +156,9 @@ def _octave(leaf: Any, recipe: Recipe, room: list[int]) -> float:
 
 
 def _rows_at(slope: float, sample: Sample, recipe: Recipe, leaf: Any) -> list[int]:
-    setting = coding.tuned(recipe, leaf, sample.statistics, Leaves(), np.float64(slope))
+    leaf_params = coding.params_of_leaf(recipe, leaf, sample.statistics, Leaves(), np.float64(slope))
     blocks = Blocks(sample.rows.reshape(-1), sample.spare, recipe.form.block_size)
-    widths = np.concatenate([tile.widths for tile in coding.encoded(blocks, recipe, setting, 1.0)])
+    widths = np.concatenate([tile.widths for tile in coding.encoded(blocks, recipe, leaf_params, 1.0)])
     return [round(float(sample.share[widths >= spec.end].sum())) for spec in plane_specs(recipe.form.widths)]
 
 

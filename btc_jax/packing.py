@@ -53,7 +53,7 @@ def quantize_leaf(
     if slope is not None and not 0 <= slope < 1e30:
         raise ValueError(f"{path}: slope is {slope!r}; it must be a number from 0 to 1e30")
     recipe = Recipe(codec, codec.formats[0], order, codec.slope or slope or 0.0)
-    if np.size(leaf) and (len(codec.formats) > 1 or (codec.adaptive and slope is None)):
+    if np.size(leaf) and (len(codec.formats) > 1 or (codec.rate_controlled and slope is None)):
         item = Item(path, lambda: leaf, np.shape(leaf), codec, order)
         (recipe,) = allocate([item], Sharing())
     return packed_leaf(leaf, recipe, path)[0]

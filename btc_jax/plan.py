@@ -11,7 +11,7 @@ from rich.text import Text
 
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
-from btc_jax.allocate import Goal, Target, sharing_of, usual_target
+from btc_jax.allocate import Goal, Target, default_target, sharing_of
 from btc_jax.choices import choose, cut_by
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe, nbytes_of
@@ -124,7 +124,7 @@ class Plan(Shown):
 
     def _is_known(self, row: PlanRow) -> bool:
         """Whether the bytes of a leaf do not depend on how a target is shared out."""
-        ranges = row.bytes_min < row.bytes_max and isinstance(row.codec, Codec) and row.codec.adaptive
+        ranges = row.bytes_min < row.bytes_max and isinstance(row.codec, Codec) and row.codec.rate_controlled
         return not (self.note and ranges)
 
 
@@ -190,8 +190,8 @@ def plan_of(
         smallest, largest = (sum(getattr(row, end) for row in rows) for end in ("bytes_min", "bytes_max"))
         _refuse_unreachable(target, packed, smallest, largest)
     if target is None:
-        packed = [(row, codec) for row, codec in packed if codec.adaptive]
-        target = usual_target([codec for _, codec in packed]) if packed else None
+        packed = [(row, codec) for row, codec in packed if codec.rate_controlled]
+        target = default_target([codec for _, codec in packed]) if packed else None
     return Plan(rows, target, target and _limit(target, rows, [row for row, _ in packed]))
 
 

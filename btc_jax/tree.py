@@ -200,7 +200,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
     leaves, decisions, treedef = decide(params, policy)
     refuse_nothing_to_do(leaves, decisions)
     for leaf, how in zip(leaves, decisions, strict=True):
-        if how.codec is not None and how.codec.adaptive and (isinstance(leaf, Tracer) or staging()):
+        if how.codec is not None and how.codec.rate_controlled and (isinstance(leaf, Tracer) or staging()):
             raise TypeError(
                 f"{how.path} is traced, and {how.codec!r} adapts to a target; share out the bits outside, and pass the "
                 "result: policy=btc_allocate(params, bits=4.5)"

@@ -128,7 +128,7 @@ def quantize(
         raise ValueError(f"{target} must end in {SUFFIX} to be split into several files; rename it")
     policy, total = how.policy_and_bytes(source)
     with progress(
-        "quantizing", total, "sharing out bits" if how.target or (policy.codec and policy.codec.adaptive) else ""
+        "quantizing", total, "sharing out bits" if how.target or (policy.codec and policy.codec.rate_controlled) else ""
     ) as on_leaf:
         done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **how.goal)
     ratio = done.bytes_before / max(done.bytes_after, 1)
@@ -206,10 +206,10 @@ def diff(
     btc diff old.safetensors new.safetensors && echo the same
     """
     from btc_jax._progress import progress
-    from btc_jax.compare import compare, open_side
+    from btc_jax.compare import compare, open_any
     from btc_jax.tables import comparison_table
 
-    with open_side(a) as one, open_side(b) as other, progress("comparing", one.nbytes) as on_leaf:
+    with open_any(a) as one, open_any(b) as other, progress("comparing", one.nbytes) as on_leaf:
         found = compare(one, other, on_leaf)
     rows = [*map(diff_row, found.different[:limit]), diff_row(found.total)]
     text = f"{len(found.different)} of {len(found.leaves)} leaves differ"

@@ -132,14 +132,14 @@ class How:
 
     def _refuse_what_changes_nothing(self, codec: "btc_jax.Codec") -> None:
         """Widths that can change and a target for them: one without the other is a mistake."""
-        if self.target and not codec.adaptive:
+        if self.target and not codec.rate_controlled:
             name = "sqnr" if self.target.kind == "sqnr_db" else self.target.kind
             of_uniform = "add --threshold auto, or leave out --codec uniform"
             remedy = f"leave out --width {self.width}, or use --width leaf" if self.width else of_uniform
             raise ValueError(f"--{name} is a target, and no width of these blocks can change for it; {remedy}")
         weighing = [f"--rule {text!r}" for text in self.rule or () if "=weight:" in text]
         useless = ["--sensitivity"] * (self.sensitivity is not None) + weighing
-        if useless and not codec.adaptive:
+        if useless and not codec.rate_controlled:
             raise ValueError(f"{useless[0]} is for a target; add one, such as --bits 4.5")
 
 
@@ -192,11 +192,11 @@ def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
 
 def _sensitivities(file: Path) -> dict[str, Any]:
     """The numbers of a file by path."""
-    from btc_jax.compare import open_side
+    from btc_jax.compare import open_any
 
     if not file.exists():
         raise ValueError(f"--sensitivity {str(file)!r} is no file, nor 'shape' or 'equal'")
-    with open_side(file) as opened:
+    with open_any(file) as opened:
         return {path: opened.read(path) for path in opened.leaves}
 
 

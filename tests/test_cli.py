@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import btc_jax
 from btc_jax import _progress
-from btc_jax.compare import compare, open_side
+from btc_jax.compare import compare, open_any
 from btc_jax_cli import commands, console
 from btc_jax_cli.options import shard_bytes
 
@@ -374,7 +374,7 @@ class TestDiff:
     def test_integers_of_64_bits(self, tmp_path):
         for i in (0, 1):
             np.savez(tmp_path / f"{i}.npz", n=np.array([2**60 + i]), c=np.array([1 + i * 1e-12]))
-        with open_side(tmp_path / "0.npz") as a, open_side(tmp_path / "1.npz") as b:
+        with open_any(tmp_path / "0.npz") as a, open_any(tmp_path / "1.npz") as b:
             found = {leaf.path: leaf for leaf in compare(a, b).leaves}
         assert not found["n"].equal
         assert found["c"].rmse == pytest.approx(1e-12, rel=1e-3)

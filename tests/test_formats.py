@@ -28,8 +28,8 @@ class SummedFormat(Format):
     def stored_header(self, blocks):
         return {"step": jax.ShapeDtypeStruct((1,), jnp.dtype(jnp.float32))}
 
-    def pack_header(self, widths, header, setting):
-        return {"step": np.reshape(setting["step"], 1)}
+    def pack_header(self, widths, header, leaf_params):
+        return {"step": np.reshape(leaf_params["step"], 1)}
 
     def unpack_header(self, stored, blocks):
         return np.full(blocks, 2, np.uint8), {"step": stored["step"] * np.ones(blocks, np.float32)}
@@ -53,11 +53,11 @@ class Summed(Codec):
     def formats(self):
         return (SummedFormat(self.block_size),)
 
-    def tune(self, form, leaf, blocks, leaves, slope):
+    def leaf_params(self, form, leaf, blocks, leaves, slope):
         return {"step": self.step + 0 * leaf.rms}
 
-    def encode(self, form, blocks, spare, setting):
-        steps = jnp.round(blocks / setting["step"][:, None]).astype(jnp.int32)
+    def encode(self, form, blocks, spare, leaf_params):
+        steps = jnp.round(blocks / leaf_params["step"][:, None]).astype(jnp.int32)
         codes = jnp.diff(steps, axis=1, prepend=0) + 1
         return Coded(jnp.full(len(blocks), 2, jnp.uint8), jnp.clip(codes, 0, 2).astype(jnp.uint32), {})
 

@@ -199,17 +199,17 @@ BLOCKS = {
 def encoded(blocks, slope, codec):
     recipe = coding.Recipe(codec, codec.formats[0], "stored", slope)
     laid = blocks_in(blocks, 32, "stored")
-    setting, _ = coding.surveyed(laid, recipe)
-    (tile,) = coding.encoded(laid, recipe, setting, 1.0)
-    return setting, tile
+    leaf_params, _ = coding.surveyed(laid, recipe)
+    (tile,) = coding.encoded(laid, recipe, leaf_params, 1.0)
+    return leaf_params, tile
 
 
 @functools.cache
 def problem(name, octave):
     """Blocks, and the costs of all headers for them."""
     blocks = BLOCKS[name](np.random.default_rng(0)).astype(np.float32)
-    setting, _ = encoded(blocks, 2.0**octave, Multilevel())
-    step, centre, unit = (float(setting[key]) for key in ("step", "centre", "unit"))
+    leaf_params, _ = encoded(blocks, 2.0**octave, Multilevel())
+    step, centre, unit = (float(leaf_params[key]) for key in ("step", "centre", "unit"))
     scaled = (blocks.astype(np.float64) - centre) / unit
     return blocks, oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**octave, 32)
 
@@ -240,8 +240,8 @@ def test_the_fast_encoder_is_near_where_an_outlier_just_exceeds_an_escape():
     blocks[7, 3] = 75.7  # 2 ** 9.505 steps; escapes hold 2 ** 9.5 and 2 ** 11
     costs = []
     for codec in (Multilevel(), Multilevel(effort="exhaustive")):
-        setting, coded = encoded(blocks, 2.0**-10, codec)
-        step, unit = float(setting["step"]), float(setting["unit"])
+        leaf_params, coded = encoded(blocks, 2.0**-10, codec)
+        step, unit = float(leaf_params["step"]), float(leaf_params["unit"])
         scaled = blocks[7:8].astype(np.float64) / unit
         headers = oracle.multilevel_costs(scaled, step / unit, 0.0, 2.0**-10, 32)
         costs.append(headers[int(coded.header["header"][7]), 0])
@@ -430,7 +430,7 @@ def test_reconstruct_is_quantize_and_decode():
     for codec in (Multilevel(slope=2.0**-8), Multilevel()):
         expected = btc_dequantize(btc_quantize(tree, codec))["kernel"]
         np.testing.assert_allclose(btc_reconstruct(tree, codec)["kernel"], expected, rtol=1e-6, atol=1e-6)
-        if not codec.adaptive:
+        if not codec.rate_controlled:
             traced = jax.jit(functools.partial(btc_reconstruct, codec=codec))(tree)
             np.testing.assert_allclose(traced["kernel"], expected, rtol=1e-6, atol=1e-6)
 

@@ -56,7 +56,7 @@ def stack(*shape, axis=0):
 
 
 def packed_stack(leaf, axis: Any = 0, codec=None, **goal: Any):
-    goal = goal or ({"bits": 4.5} if codec is None or codec.adaptive else {})
+    goal = goal or ({"bits": 4.5} if codec is None or codec.rate_controlled else {})
     return btc_quantize({"kernel": leaf}, policy=Policy(codec, (Rule("kernel", stack=axis),)), **goal)["kernel"]
 
 
@@ -106,7 +106,7 @@ def test_each_layer_is_packed_by_itself(codec, axis):
     jitted = np.asarray(jax.jit(lambda q: q.dequantize())(packed))
     np.testing.assert_allclose(jitted, decoded, rtol=0, atol=np.spacing(np.abs(decoded).max()))
     policy = Policy(codec, (Rule("kernel", stack=axis),))
-    if codec is None or codec.adaptive:
+    if codec is None or codec.rate_controlled:
         policy = btc_allocate({"kernel": leaf}, policy=policy, bits=4.5)
     alone = policy.rules[0].codec if isinstance(policy.rules[0].codec, Codec) else codec
     assert isinstance(alone, Codec)

@@ -101,7 +101,7 @@ def test_complete_search_has_the_paper_sizes_and_the_largest_is_best():
     result = search()
     assert result.status is SearchStatus.COMPLETE
     assert sizes(result) == [32, 64, 128, 256]
-    assert all(trial.held for trial in result.trials)
+    assert all(trial.ok for trial in result.trials)
     assert result.best is result.trials[-1]
     assert "256" in result.message
     assert "arger block sizes" in result.message
@@ -122,7 +122,7 @@ def test_stops_at_the_first_size_that_breaks_the_error():
     result = search(max_rmse=(true_rmse(32) + true_rmse(64)) / 2)
     assert result.status is SearchStatus.STOPPED
     assert sizes(result) == [32, 64]
-    assert [trial.held for trial in result.trials] == [True, False]
+    assert [trial.ok for trial in result.trials] == [True, False]
     assert result.best is result.trials[0]
     assert result.trials[1].metrics.total.rmse == pytest.approx(true_rmse(64), rel=1e-5)
     for part in ("Block size 32 holds", "block size 64 breaks", "rmse", "raise the limit"):
@@ -142,7 +142,7 @@ def test_stops_at_the_first_size_that_breaks_the_accuracy():
 
 def test_nothing_held_says_what_to_try():
     result = search(max_rmse=0)
-    assert result.status is SearchStatus.NOTHING_HELD
+    assert result.status is SearchStatus.NONE_WITHIN_LIMITS
     assert result.best is result.tree is None
     assert sizes(result) == [32]
     for part in ("Block size 32", "rmse", "smaller block sizes", "lower threshold", "rule", "raise the limit"):
@@ -154,13 +154,13 @@ def test_nothing_held_says_what_to_try():
     [(0.92, 0.90, 2.0, True), (0.57, 0.55, 2.0, True), (0.9, 0.899, 0.1, True), (0.92, 0.899, 2.0, False)],
 )
 def test_a_drop_of_just_the_limit_holds(before, after, limit, held):
-    assert search(scripted(before, after), block_sizes=(32,), max_drop=limit).trials[0].held == held
+    assert search(scripted(before, after), block_sizes=(32,), max_drop=limit).trials[0].ok == held
 
 
 def test_an_error_of_just_the_limit_holds():
     rmse = search(block_sizes=(32,)).trials[0].metrics.total.rmse
-    assert search(block_sizes=(32,), max_rmse=rmse).trials[0].held
-    assert not search(block_sizes=(32,), max_rmse=np.nextafter(rmse, 0)).trials[0].held
+    assert search(block_sizes=(32,), max_rmse=rmse).trials[0].ok
+    assert not search(block_sizes=(32,), max_rmse=np.nextafter(rmse, 0)).trials[0].ok
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -194,9 +194,9 @@ def test_no_limits_never_stop():
 def test_limits_of_the_paper_by_default():
     large = btc_search(params(1.0), codec=CODEC, block_sizes=(32,), progress=False)
     assert large.trials[0].metrics.total.rmse > 3e-3
-    assert large.status is SearchStatus.NOTHING_HELD
+    assert large.status is SearchStatus.NONE_WITHIN_LIMITS
     dropped = btc_search(PARAMS, scripted(0.9, 0.879), codec=CODEC, block_sizes=(32,), progress=False)
-    assert dropped.status is SearchStatus.NOTHING_HELD
+    assert dropped.status is SearchStatus.NONE_WITHIN_LIMITS
 
 
 def test_evaluate_sees_the_float_tree_and_then_each_packed_one():
@@ -223,7 +223,7 @@ def test_evaluate_that_raises_midway_keeps_the_trials():
     result = search(scripted(0.9, 0.9, 0.9, OSError("disk full")))
     assert result.status is SearchStatus.EVALUATE_FAILED
     assert sizes(result) == [32, 64, 128]
-    assert [trial.held for trial in result.trials] == [True, True, False]
+    assert [trial.ok for trial in result.trials] == [True, True, False]
     assert result.trials[2].accuracy is result.trials[2].drop is None
     assert result.trials[2].metrics.total.rmse == pytest.approx(true_rmse(128), rel=1e-5)
     assert result.best is result.trials[1]
@@ -406,8 +406,8 @@ def test_bits_are_halved_until_the_limit_is_near(bits):
     assert result.status is SearchStatus.STOPPED
     assert budgets(result)[:3] == [6, 2, 4]
     assert len(set(budgets(result))) == len(budgets(result)) == 9
-    held = [trial.bits or 0 for trial in result.trials if trial.held]
-    broken = [trial.bits or 0 for trial in result.trials if trial.broke]
+    held = [trial.bits or 0 for trial in result.trials if trial.ok]
+    broken = [trial.bits or 0 for trial in result.trials if trial.violation]
     assert result.best is not None
     assert result.best.bits == min(held)
     assert max(broken) < min(held) <= max(broken) + 0.05
@@ -444,9 +444,9 @@ def test_a_limit_of_divergence(limit):
     assert result.accuracy is None
     assert result.best is not None
     assert result.best.kl == pytest.approx(divergence(result.tree))
-    assert all((trial.kl or 0) <= limit for trial in result.trials if trial.held)
-    assert all((trial.kl or 0) > limit for trial in result.trials if trial.broke)
-    broken = max(trial.bits or 0 for trial in result.trials if trial.broke)
+    assert all((trial.kl or 0) <= limit for trial in result.trials if trial.ok)
+    assert all((trial.kl or 0) > limit for trial in result.trials if trial.violation)
+    broken = max(trial.bits or 0 for trial in result.trials if trial.violation)
     assert broken < (result.best.bits or 0) <= broken + 0.05
     assert len(result.trials) <= 4  # 9 by halving
     assert re.search(rf"breaks the limit \(KL 0\.\d+ > {limit:g}\)", result.message)
@@ -482,11 +482,11 @@ def test_sensitivities_share_out_every_budget():
 def test_a_divergence_is_measured_beside_the_accuracy_and_with_block_sizes():
     both = answers(divergence, accuracy=accurate_from(3))
     result = by_bits(both, tolerance=4)
-    assert [trial.held for trial in result.trials] == [True, False]
+    assert [trial.ok for trial in result.trials] == [True, False]
     assert [trial.kl for trial in result.trials] == [divergence(btc_quantize(PARAMS, bits=bits)) for bits in (6, 2)]
     result = search(answers(divergence), max_kl=0.5 * (divergence_of(32) + divergence_of(64)))
     assert sizes(result) == [32, 64]
-    assert result.trials[1].broke.startswith("KL")
+    assert result.trials[1].violation.startswith("KL")
 
 
 def test_figures_that_evaluate_does_not_return_are_missed_at_once():
@@ -523,14 +523,14 @@ def test_the_fewest_bits_hold():
 
 def test_the_most_bits_do_not_hold():
     result = by_bits(accurate_from(7))
-    assert result.status is SearchStatus.NOTHING_HELD
+    assert result.status is SearchStatus.NONE_WITHIN_LIMITS
     assert budgets(result) == [6]
     assert result.best is result.tree is None
     for part in ("A budget of 6 bits, the largest allowed, already breaks", "Allow more bits", "by a rule"):
         assert part in result.message
 
 
-@pytest.mark.parametrize(("bits", "status"), [(3, SearchStatus.COMPLETE), (7, SearchStatus.NOTHING_HELD)])
+@pytest.mark.parametrize(("bits", "status"), [(3, SearchStatus.COMPLETE), (7, SearchStatus.NONE_WITHIN_LIMITS)])
 def test_one_budget(bits, status):
     result = by_bits(accurate_from(bits), bits=(4, 4))
     assert (result.status, budgets(result)) == (status, [4])
@@ -550,7 +550,7 @@ def test_evaluate_that_fails_while_bits_are_searched_keeps_the_trials():
     result = by_bits(scripted(0.9, 0.9, 0.8, OSError("disk full")))
     assert result.status is SearchStatus.EVALUATE_FAILED
     assert budgets(result) == [6, 2, 4]
-    assert [trial.held for trial in result.trials] == [True, False, False]
+    assert [trial.ok for trial in result.trials] == [True, False, False]
     assert result.best is result.trials[0]
     for part in ("OSError: disk full", "budget of 6 bits holds", "that were not tried are unknown", "Fix `evaluate`"):
         assert part in result.message
@@ -568,7 +568,7 @@ def test_a_divergence_that_cannot_be(kl, shown):
 
 def test_a_divergence_of_nothing_may_be_a_rounding_below_zero_and_one_may_be_infinite():
     assert by_bits(answers(kl=-1e-8), max_kl=0).status is SearchStatus.COMPLETE
-    assert by_bits(answers(kl=math.inf), max_kl=1).status is SearchStatus.NOTHING_HELD
+    assert by_bits(answers(kl=math.inf), max_kl=1).status is SearchStatus.NONE_WITHIN_LIMITS
     assert by_bits(answers(agreement=1.0), min_agreement=1).status is SearchStatus.COMPLETE
 
 
@@ -655,11 +655,12 @@ def test_whatever_is_predicted_the_budget_found_is_next_to_one_that_broke(limit,
     }
     tried, budgets = budgets_tried(limit, tolerance=tolerance, needs=predictions.get(kind), first=first)
     assert len(set(tried)) == len(tried)
-    if budgets.held is None:
-        assert (budgets.broke, limit > 8) == (8, True)
+    if budgets.lowest_ok is None:
+        assert (budgets.highest_violating, limit > 8) == (8, True)
     else:
-        assert budgets.held >= limit
-        assert budgets.held == 2 or (budgets.broke is not None and budgets.held - budgets.broke <= tolerance + 1e-12)
+        assert budgets.lowest_ok >= limit
+        violating = budgets.highest_violating
+        assert budgets.lowest_ok == 2 or (violating is not None and budgets.lowest_ok - violating <= tolerance + 1e-12)
     halving = 2 + math.ceil(math.log2(max(6 / tolerance, 1)))
     assert len(tried) <= min(halving + PREDICTED, budgets.most)
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import btc_jax
 from btc_jax import BTCPolicyError, Multilevel, Policy, Rule, Uniform, compress_file, plan_file, restore_file
-from btc_jax.compare import compare, open_side
+from btc_jax.compare import compare, open_any
 from btc_jax.sources import SafetensorsSource
 from btc_jax.stream import compress as compress_module
 from btc_jax.stream import plan as plan_module
@@ -302,7 +302,7 @@ def test_leaves_of_other_dtypes_come_back_bit_for_bit(tmp_path, target):
     assert restored.changed == restored.left_out == {}
     found = plain_tensors(tmp_path / "dense.safetensors")
     assert {name: found[name] for name in odd} == odd
-    with open_side(tmp_path / "m.safetensors") as a, open_side(tmp_path / "q.safetensors") as b:
+    with open_any(tmp_path / "m.safetensors") as a, open_any(tmp_path / "q.safetensors") as b:
         assert [leaf.path for leaf in compare(a, b).different] == ["w.weight"]
 
 

@@ -122,7 +122,7 @@ def test_a_search_table_has_a_row_a_trial_and_the_message_as_caption(width):
     for trial in result.trials:
         for part in (f"{trial.accuracy:.2%}", f"{trial.metrics.total.rmse:.5f}", f"{trial.metrics.bytes_after:,}"):
             assert part in everything
-    for verdict in ("holds", "best", result.trials[-1].broke.replace(" ", "")):
+    for verdict in ("holds", "best", result.trials[-1].violation.replace(" ", "")):
         assert verdict in squeezed(text)[-1]
 
 

@@ -18,7 +18,7 @@ from btc_jax import (
     save,
     verify,
 )
-from btc_jax.compare import compare, open_side
+from btc_jax.compare import compare, open_any
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_restored_and_compared(file, tmp_path):
     restore_file(file, tmp_path / "plain.safetensors")
     with safetensors.safe_open(tmp_path / "plain.safetensors", "np") as plain:
         assert np.array_equal(plain.get_tensor("embed/embedding"), plain.get_tensor("head/kernel"))
-    with open_side(file) as a, open_side(tmp_path / "plain.safetensors") as b:
+    with open_any(file) as a, open_any(tmp_path / "plain.safetensors") as b:
         assert not compare(a, b).different
 
 

@@ -67,8 +67,8 @@ def test_equals_the_oracle(block_size, low_bits, high_bits):
 
 def test_codes_equal_the_oracle():
     blocks = weights(1, (50, 64))
-    setting = {"threshold": jnp.full(50, 0.05, jnp.float32)}
-    coded = Uniform(64).encode(UniformFormat(), jnp.asarray(blocks), jnp.zeros(50), setting)
+    leaf_params = {"threshold": jnp.full(50, 0.05, jnp.float32)}
+    coded = Uniform(64).encode(UniformFormat(), jnp.asarray(blocks), jnp.zeros(50), leaf_params)
     for codes, width, block in zip(coded.codes, coded.widths, blocks, strict=True):
         bits, expected, *_ = oracle.quantize_block(block, 4, 8, 0.05)
         assert width == bits

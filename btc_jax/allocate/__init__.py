@@ -11,5 +11,5 @@ from btc_jax.allocate.sharing import sharing_of as sharing_of
 from btc_jax.allocate.slope import allocate as allocate
 from btc_jax.allocate.survey import Item as Item
 from btc_jax.allocate.target import Target as Target
+from btc_jax.allocate.target import default_target as default_target
 from btc_jax.allocate.target import nbytes_of as nbytes_of
-from btc_jax.allocate.target import usual_target as usual_target

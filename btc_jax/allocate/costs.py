@@ -64,9 +64,9 @@ class Matrix:
 
     @off_mesh
     def _costs(self, slopes: np.ndarray) -> Costs:
-        setting = coding.tuned(self._recipe, self._whole, self._statistics, self._leaves, slopes)
-        setting = {name: self._spread(numbers) for name, numbers in setting.items()}
-        tiles = coding.encoded(self._blocks, self._recipe, setting, self._scale)
+        leaf_params = coding.params_of_leaf(self._recipe, self._whole, self._statistics, self._leaves, slopes)
+        leaf_params = {name: self._spread(numbers) for name, numbers in leaf_params.items()}
+        tiles = coding.encoded(self._blocks, self._recipe, leaf_params, self._scale)
         widths = np.concatenate([tile.widths for tile in tiles])
         noise = np.concatenate([tile.noise for tile in tiles]).astype(np.float64)
         nbytes, error = np.array(nbytes_by_width(self._recipe.form), np.float64)[widths], noise

@@ -37,7 +37,7 @@ class LeafSet:
         owners: for each the number of the leaf that it is a piece of, or its own.
         scale, rms: see `Survey`.
         asked: powers of two of the weights that rules give to their errors.
-        most: bytes of each if every block were as wide as can be.
+        max_nbytes: bytes of each if every block were as wide as can be.
     """
 
     def __init__(self, items: Sequence[Item], taps: bool = True):
@@ -48,7 +48,7 @@ class LeafSet:
         self.asked = np.log2([item.weight for item in items])
         self.scale = np.array([survey.scale for survey in self._surveys])
         self.rms = np.array([float(survey.whole.rms) for survey in self._surveys])
-        self.most = np.array([_most(item) for item in items])
+        self.max_nbytes = np.array([_max_nbytes(item) for item in items])
         self.owners = _owners(items)
         self._groups = [
             _Group(codec, places, self._surveys, self.owners[places]) for codec, places in _alike(items).items()
@@ -67,7 +67,7 @@ class LeafSet:
     def recipes(self, octaves: np.ndarray, level: int) -> list[Recipe]:
         slopes, forms = self.slopes(octaves), self._forms(octaves, level)
         return [
-            Recipe(item.codec, form, survey.order, float(slope) if item.codec.adaptive else 0.0, float(rms))
+            Recipe(item.codec, form, survey.order, float(slope) if item.codec.rate_controlled else 0.0, float(rms))
             for item, form, survey, slope, rms in zip(self.items, forms, self._surveys, slopes, self.rms, strict=True)
         ]
 
@@ -101,7 +101,7 @@ class _Group:
         """The format of least error plus slope times bits for each leaf, and what that costs."""
         one = len(self.codec.formats) == 1
         # Of several formats each has its own error, at any slope; and so has a codec that does not adapt.
-        own = slopes if one and self.codec.adaptive else np.full_like(slopes, self.codec.slope or 0)
+        own = slopes if one and self.codec.rate_controlled else np.full_like(slopes, self.codec.slope or 0)
         costs = [matrix.costs(own) for matrix in self._matrices[level]]
         if one:
             return list(self.codec.formats) * len(slopes), costs[0]
@@ -150,6 +150,6 @@ def _lagrangian(codec: Codec, form: Format, found: Sequence[Survey]) -> Any:
     return cost.error * size + _USUAL * 8 * cost.nbytes
 
 
-def _most(item: Item) -> int:
+def _max_nbytes(item: Item) -> int:
     form = item.codec.formats[-1]
     return nbytes_of_one_width(form, item.size, form.widths[-1])

@@ -12,7 +12,7 @@ import numpy as np
 from btc_jax.codecs import BlockStatistics
 from btc_jax.tiles import Blocks
 
-_LOUD = 8
+_LOUDEST_SHARE = 8
 """One in so many of the sampled blocks is one of the loudest."""
 
 
@@ -60,7 +60,7 @@ def _chosen(rising: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of blocks, and how many each stands for."""
     if len(rising) <= count:
         return rising, np.ones(len(rising))
-    loud = max(count // _LOUD, 1)
+    loud = max(count // _LOUDEST_SHARE, 1)
     others, rest = len(rising) - loud, max(count - loud, 1)
     every = others / rest
     picked = rising[((np.arange(rest) + 0.5) * every).astype(np.int64)]

@@ -9,7 +9,7 @@ import numpy as np
 from btc_jax.allocate.leaves import FINE, LeafSet
 from btc_jax.allocate.sharing import Sharing
 from btc_jax.allocate.survey import Item
-from btc_jax.allocate.target import Target, usual_target
+from btc_jax.allocate.target import Target, default_target
 from btc_jax.allocate.weights import octaves_of_weights
 from btc_jax.coding import Recipe
 
@@ -17,7 +17,7 @@ _LOWEST, _HIGHEST = -26.0, 6.0
 """Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
 _SHARES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
 """Where between those the best and the worst error are looked for."""
-_STARVED = 3.0
+_MAX_SLOPE_RATIO_OCTAVES = 3.0
 """Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
 _TOLERANCE = 0.003
 """Part of a target that may be left unused."""
@@ -25,34 +25,34 @@ _SURE = 5.0
 """Standard deviations of the estimate from sampled blocks that are kept free, so that a target is met."""
 
 
-def allocate(items: Sequence[Item], sharing: Sharing, *, nbytes_beside: int = 0) -> list[Recipe]:
+def allocate(items: Sequence[Item], sharing: Sharing, *, other_nbytes: int = 0) -> list[Recipe]:
     """A recipe for every item such that all together meet the target from below, with the least error.
 
     Args:
         items: all leaves to be packed; those of codecs that are not adaptive cost what they cost.
         sharing: the target, and how much errors of each leaf count.
-        nbytes_beside: bytes of leaves that stay dense, for the target `size`.
+        other_nbytes: bytes of leaves that stay dense, for the target `size`.
 
     Raises:
         ValueError: the target cannot be reached, and the message says what can; or sensitivities are of another tree.
     """
-    target = sharing.target or usual_target([item.codec for item in items])
+    target = sharing.target or default_target([item.codec for item in items])
     target.refuse_fixed(item.codec for item in items)
     sensitivities = sharing.sensitivities(item.path for item in items)
     leaves = LeafSet(items, taps=sharing.taps)
-    equal = _Problem(leaves, target, np.zeros(len(items)), math.inf, nbytes_beside)
+    equal = _Problem(leaves, target, np.zeros(len(items)), math.inf, other_nbytes)
     if target.named:
         equal.refuse_unreachable()
-    limit = equal.solve(0) + _STARVED
+    limit = equal.solve(0) + _MAX_SLOPE_RATIO_OCTAVES
     weights = octaves_of_weights(leaves, sensitivities, sharing.sensitivity == "shape")
-    problem = _Problem(leaves, target, _own_octaves(leaves, weights), limit, nbytes_beside)
+    problem = _Problem(leaves, target, _slope_offsets(leaves, weights), limit, other_nbytes)
     octave = problem.solve(FINE, near=problem.solve(0))
     if target.named and problem.excess(octave, FINE) > 1e-9:
-        target.refuse(*problem.reach(FINE))
+        target.refuse(*problem.attainable(FINE))
     return leaves.recipes(problem.octaves(octave), FINE)
 
 
-def _own_octaves(leaves: LeafSet, weights: np.ndarray) -> np.ndarray:
+def _slope_offsets(leaves: LeafSet, weights: np.ndarray) -> np.ndarray:
     """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
     scaled = leaves.scale > 0
     logs = np.log2(np.where(scaled, leaves.scale, 1)) + weights / 2
@@ -64,21 +64,21 @@ class _Problem:
     """Total bits or error as a function of one slope, and the target for it.
 
     Attributes:
-        own: how far the slope of each leaf lies above the common one, in powers of two.
+        offsets: how far the slope of each leaf lies above the common one, in powers of two.
         limit: the largest slope of any leaf, before the weights of rules.
     """
 
-    def __init__(self, leaves: LeafSet, target: Target, own: np.ndarray, limit: float, nbytes_beside: int):
-        self.leaves, self.target, self.own, self.limit = leaves, target, own, limit
-        self.nbytes_beside = nbytes_beside
+    def __init__(self, leaves: LeafSet, target: Target, offsets: np.ndarray, limit: float, other_nbytes: int):
+        self.leaves, self.target, self.offsets, self.limit = leaves, target, offsets, limit
+        self.other_nbytes = other_nbytes
         self.weights = max(int(leaves.size.sum()), 1)
         self.signal = math.fsum(leaves.size * leaves.rms**2)
-        farthest = own - leaves.asked
+        farthest = offsets - leaves.asked
         self.lowest, self.highest = _LOWEST - float(farthest.max()), _HIGHEST - float(farthest.min())
 
     def octaves(self, octave: float) -> np.ndarray:
         """The slope of each leaf over the square of its scale, as a power of two."""
-        return np.minimum(octave + self.own, self.limit) - self.leaves.asked
+        return np.minimum(octave + self.offsets, self.limit) - self.leaves.asked
 
     def value(self, octave: float, level: int) -> float:
         """What the target is about, at this slope."""
@@ -96,7 +96,7 @@ class _Problem:
         if self.target.kind == "bits":
             return 8 * nbytes / self.weights
         if self.target.kind == "size":
-            return nbytes + self.nbytes_beside
+            return nbytes + self.other_nbytes
         if self.target.kind == "rmse":
             return math.sqrt(squares / self.weights)
         return 10 * math.log10(self.signal / squares) if squares else math.inf
@@ -113,16 +113,16 @@ class _Problem:
     def refuse_unreachable(self) -> None:
         """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
         kind, wanted, _ = self.target
-        low, high = self.reach(0)
+        low, high = self.attainable(0)
         too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
         if too_little or (kind in ("bits", "sqnr_db") and wanted > high * (1 + 1e-9)):
             self.target.refuse(low, high)
 
-    def reach(self, level: int) -> tuple[float, float]:
+    def attainable(self, level: int) -> tuple[float, float]:
         """The least and the largest that the target can be about. Where loud blocks escape, more bits can be worse."""
         if self.target.kind in ("bits", "size"):
-            nbytes = int(self.leaves.most.sum())
-            most = 8 * nbytes / self.weights if self.target.kind == "bits" else nbytes + self.nbytes_beside
+            nbytes = int(self.leaves.max_nbytes.sum())
+            most = 8 * nbytes / self.weights if self.target.kind == "bits" else nbytes + self.other_nbytes
             return self.value(self.highest, level), most
         values = [self.value(self.lowest + share * (self.highest - self.lowest), level) for share in _SHARES]
         return min(values), max(values)

@@ -34,7 +34,7 @@ class Item(NamedTuple):
         shape: its shape.
         codec: how its blocks are coded.
         order: how its weights run through the blocks.
-        free: whether the order may be the one that transforms the taps, if that pays.
+        allow_transform: whether the order may be the one that transforms the taps, if that pays.
         weight: how much its squared error counts beside that of others.
         matrix: weights of the matrix that it is, or is a part of; 0 for its own.
     """
@@ -44,7 +44,7 @@ class Item(NamedTuple):
     shape: tuple[int, ...]
     codec: Codec
     order: Order
-    free: bool = False
+    allow_transform: bool = False
     weight: float = 1.0
     matrix: int = 0
 
@@ -84,7 +84,9 @@ def surveys(item: Item, total: int, taps: bool = True) -> list[Survey]:
     Raises:
         ValueError: a weight is NaN, infinite, or too large to calculate with.
     """
-    transformed = with_taps(item.shape, item.order) if taps and item.free and item.codec.adaptive else None
+    transformed = (
+        with_taps(item.shape, item.order) if taps and item.allow_transform and item.codec.rate_controlled else None
+    )
     leaf = item.read()
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # read once, for both orders
     orders: list[Order] = [item.order] if transformed is None else [item.order, transformed]

@@ -23,7 +23,7 @@ class Target(NamedTuple):
 
     def refuse_fixed(self, codecs: Iterable[Codec]) -> None:
         """Raises if the widths of none of these codecs can change for the target."""
-        if not any(codec.adaptive for codec in codecs):
+        if not any(codec.rate_controlled for codec in codecs):
             raise ValueError(
                 f"{self.kind}={self.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
                 "Multilevel(), or Uniform(threshold='auto')"
@@ -57,9 +57,9 @@ def target_of(**targets: Any) -> Target | None:
     return None
 
 
-def usual_target(codecs: Sequence[Codec]) -> Target:
+def default_target(codecs: Sequence[Codec]) -> Target:
     """The target of leaves with these adaptive codecs where none is given."""
-    return Target("bits", max(codec.usual_bits for codec in codecs), named=False)
+    return Target("bits", max(codec.default_bits for codec in codecs), named=False)
 
 
 def nbytes_of(size: Any, name: str = "size") -> float:

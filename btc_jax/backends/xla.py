@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from btc_jax._typing import Array, Float, Int, UInt
-from btc_jax.codecs import Codec, Setting
+from btc_jax.codecs import Codec, LeafParams
 from btc_jax.codecs.statistics import statistics_of, totals
 from btc_jax.formats import Format
 from btc_jax.planes import pack_planes, plane_specs, unpack_planes
@@ -67,7 +67,7 @@ def encode(
     blocks: Float[Array, "rows size"],
     spare: Float[Array, " rows"],
     scale: Float[Array, " rows"],
-    setting: Setting,
+    leaf_params: LeafParams,
     count: Int[Array, ""],
     encoder: Codec,
     form: Format,
@@ -76,21 +76,23 @@ def encode(
     """Codes a tile.
 
     Args:
-        spare, setting: see `Codec.encode`.
+        spare, leaf_params: see `Codec.encode`.
         scale: the unit of the errors of each block.
         dtype: what the decoded weights are rounded to.
     """
     coded = functools.partial(_coded, encoder, form, dtype)
-    return in_chunks(coded, blocks.shape[1], count, blocks, spare, scale, setting)
+    return in_chunks(coded, blocks.shape[1], count, blocks, spare, scale, leaf_params)
 
 
-def _coded(encoder: Codec, form: Format, dtype: Any, blocks: Any, spare: Any, scale: Any, setting: Setting) -> Encoded:
-    widths, codes, header = encoder.encode(form, blocks, spare, setting)
+def _coded(
+    encoder: Codec, form: Format, dtype: Any, blocks: Any, spare: Any, scale: Any, leaf_params: LeafParams
+) -> Encoded:
+    widths, codes, header = encoder.encode(form, blocks, spare, leaf_params)
     # The barrier keeps XLA from computing the codes once for the planes and once for the errors.
     codes, widths, header = lax.optimization_barrier((codes.astype(jnp.uint8), widths, header))
     is_weight = lax.broadcasted_iota(jnp.float32, codes.shape, 1) < form.block_size - spare[:, None]
     rows = pack_planes(jnp.where(is_weight, codes, jnp.uint8(0)), widths, plane_specs(form.widths))
-    stored = {name: setting[name] for name in setting} | header
+    stored = {name: leaf_params[name] for name in leaf_params} | header
     decoded = narrowed(form.decode(codes, form.grid(widths, stored)), dtype).astype(jnp.float32)
     errors = decoded - blocks
     noise = totals(jnp.square(errors / scale[:, None]), spare)

@@ -6,7 +6,7 @@ from typing import Any
 
 from btc_jax.codecs.base import Codec as Codec
 from btc_jax.codecs.base import Coded as Coded
-from btc_jax.codecs.base import Setting as Setting
+from btc_jax.codecs.base import LeafParams as LeafParams
 from btc_jax.codecs.multilevel import Multilevel as Multilevel
 from btc_jax.codecs.statistics import BlockStatistics as BlockStatistics
 from btc_jax.codecs.statistics import LeafStatistics as LeafStatistics

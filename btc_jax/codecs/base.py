@@ -14,7 +14,7 @@ from btc_jax._typing import Array, Float, UInt, UInt8
 from btc_jax.codecs.statistics import BlockStatistics, LeafStatistics, Leaves
 from btc_jax.formats import Format
 
-Setting = dict[str, Any]
+LeafParams = dict[str, Any]
 """What the coding of a block needs to know of its whole leaf: float32 numbers by name, or arrays of them over leaves or
 over blocks."""
 
@@ -52,25 +52,27 @@ class Codec(abc.ABC):
         """The formats that it writes. Of several, the allocation chooses one for each leaf."""
 
     @property
-    def adaptive(self) -> bool:
+    def rate_controlled(self) -> bool:
         """Whether a target decides the widths, and not a rule of the codec's own."""
         return False
 
     @property
-    def usual_bits(self) -> float:
+    def default_bits(self) -> float:
         """Effective bits that leaves of an adaptive codec come to where no target is given."""
         return 4.5
 
     @property
     def encoder(self) -> "Codec":
-        """The codec as `encode` knows it, without the numbers that `tune` reads: others need no other program."""
+        """The codec without the numbers that only `leaf_params` reads, so that a new value does not recompile `encode`."""
         return self
 
     def decided(self, form: Format, slope: float, rms: float) -> "Codec":
         """A codec that packs a leaf of this root mean square, at this slope and into this format, without a target."""
         return self
 
-    def tune(self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
+    def leaf_params(
+        self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
+    ) -> LeafParams:
         """What the coding of a leaf's blocks has in common, in numpy on the host or traced: see `namespace`.
 
         Args:
@@ -84,7 +86,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(
-        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
+        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], leaf_params: LeafParams
     ) -> Coded:
         """Codes float32 blocks; pure, and traceable.
 
@@ -92,12 +94,12 @@ class Codec(abc.ABC):
             form: one of `formats`.
             blocks: the weights; short blocks are filled up with copies of their last weight.
             spare: how many places of each block are such copies, which must not count.
-            setting: what `tune` returned, a number for each block.
+            leaf_params: what `leaf_params` returned, a number for each block.
         """
 
     @abc.abstractmethod
     def fits(self, header: Mapping[str, Any]) -> Any:
-        """Whether header and setting of all blocks hold their weights: finite, not too large, not all too small.
+        """Whether header and leaf parameters of all blocks hold their weights: finite, not too large, not all too small.
 
         On the host or traced. A weight that is not finite must leave a number that is not finite in one of them.
         """

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from btc_jax._typing import Array, Float, UInt8
-from btc_jax.codecs.base import Codec, Coded, Setting, positive
+from btc_jax.codecs.base import Codec, Coded, LeafParams, positive
 from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, totals
 from btc_jax.formats import Format, MultilevelFormat
 from btc_jax.formats.base import integer, namespace
@@ -110,7 +110,7 @@ class Multilevel(Codec):
         return tuple(MultilevelFormat(self.block_size, width) for width in widths)
 
     @property
-    def adaptive(self) -> bool:
+    def rate_controlled(self) -> bool:
         return self.slope is None and not isinstance(self.width, int)
 
     @property
@@ -121,14 +121,16 @@ class Multilevel(Codec):
         assert isinstance(form, MultilevelFormat)
         if form.width is not None:
             return dataclasses.replace(self, width=form.width)
-        return dataclasses.replace(self, slope=slope) if self.adaptive else self
+        return dataclasses.replace(self, slope=slope) if self.rate_controlled else self
 
     def to_json(self) -> dict[str, Any]:
         # What only encoding needs is left out where it is as usual.
         usual = {"effort": "fast", "slope": None}
         return {name: value for name, value in super().to_json().items() if name not in usual or value != usual[name]}
 
-    def tune(self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
+    def leaf_params(
+        self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
+    ) -> LeafParams:
         assert isinstance(form, MultilevelFormat)
         xp, size = namespace(leaf.rms), blocks.low.shape[0]
         unit = xp.where(leaf.rms > 0, leaf.rms, 1)
@@ -149,13 +151,13 @@ class Multilevel(Codec):
         return {"centre": centre, "step": step, "unit": unit, "slope": slope + 0 * unit}
 
     def encode(
-        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
+        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], leaf_params: LeafParams
     ) -> Coded:
         assert isinstance(form, MultilevelFormat)
-        header = self._headers(form, blocks, spare, setting)
+        header = self._headers(form, blocks, spare, leaf_params)
         widths = form.widths_of(header)
-        grid = lax.optimization_barrier(grid_of(header, widths, setting["step"]))
-        return Coded(widths, jax.vmap(_nearest)(blocks - setting["centre"][:, None], *grid), {"header": header})
+        grid = lax.optimization_barrier(grid_of(header, widths, leaf_params["step"]))
+        return Coded(widths, jax.vmap(_nearest)(blocks - leaf_params["centre"][:, None], *grid), {"header": header})
 
     def fits(self, header: Mapping[str, Any]) -> Any:
         xp = namespace(header["step"])
@@ -166,11 +168,11 @@ class Multilevel(Codec):
         form: MultilevelFormat,
         blocks: Float[Array, "blocks size"],
         spare: Float[Array, " blocks"],
-        setting: Setting,
+        leaf_params: LeafParams,
     ) -> UInt8[Array, " blocks"]:
         """The header of least cost for each block, among the candidates that its extremes suggest."""
-        x = (blocks - setting["centre"][:, None]) * (1 / setting["step"])[:, None]
-        slope = setting["slope"] * jnp.square(setting["unit"] / setting["step"])
+        x = (blocks - leaf_params["centre"][:, None]) * (1 / leaf_params["step"])[:, None]
+        slope = leaf_params["slope"] * jnp.square(leaf_params["unit"] / leaf_params["step"])
         tried = self._candidates(form, *_suggested(x))
 
         def body(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:

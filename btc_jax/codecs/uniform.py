@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from btc_jax._typing import Array, Float, UInt
 from btc_jax._xla import divide, rounded
-from btc_jax.codecs.base import Codec, Coded, Setting
+from btc_jax.codecs.base import Codec, Coded, LeafParams
 from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, totals
 from btc_jax.formats import Format, UniformFormat
 from btc_jax.formats.base import integer, namespace
@@ -95,7 +95,7 @@ class Uniform(Codec):
         return (UniformFormat(self.block_size, widths, self.header_dtype),)
 
     @property
-    def adaptive(self) -> bool:
+    def rate_controlled(self) -> bool:
         return self.threshold == "auto"
 
     @property
@@ -103,14 +103,14 @@ class Uniform(Codec):
         return self if self.threshold in (0, math.inf) else dataclasses.replace(self, threshold="auto")
 
     @property
-    def usual_bits(self) -> float:
+    def default_bits(self) -> float:
         # A quarter of the blocks wide.
         header = 16 * jnp.dtype(self.header_dtype).itemsize + 1
         return self.low_bits + (self.high_bits - self.low_bits) / 4 + header / self.block_size
 
     def decided(self, form: Format, slope: float, rms: float) -> "Uniform":
         threshold = max(rms * math.sqrt(slope * self._worth), TINY)
-        return dataclasses.replace(self, threshold=threshold) if self.adaptive else self
+        return dataclasses.replace(self, threshold=threshold) if self.rate_controlled else self
 
     @property
     def _worth(self) -> float:
@@ -118,7 +118,9 @@ class Uniform(Codec):
         saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
         return (self.high_bits - self.low_bits) / saved
 
-    def tune(self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any) -> Setting:
+    def leaf_params(
+        self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
+    ) -> LeafParams:
         """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
         xp = namespace(leaf.rms)
         if self.threshold != "auto":
@@ -126,11 +128,13 @@ class Uniform(Codec):
         return {"threshold": xp.maximum(xp.sqrt(slope * self._worth) * leaf.rms, TINY)}  # zeros are not wide
 
     def encode(
-        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], setting: Setting
+        self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], leaf_params: LeafParams
     ) -> Coded:
         assert isinstance(form, UniformFormat)
         # The barrier keeps XLA:GPU from calculating with extremes as they were before they were rounded.
-        wide, minimum, maximum = jax.lax.optimization_barrier(_statistics(form, blocks, spare, setting["threshold"]))
+        wide, minimum, maximum = jax.lax.optimization_barrier(
+            _statistics(form, blocks, spare, leaf_params["threshold"])
+        )
         widths, header = form.chosen(wide), {"minimum": minimum, "maximum": maximum}
         # The barrier keeps XLA from computing the grid again for every weight.
         low, step = jax.lax.optimization_barrier(form.grid(widths, header))

@@ -47,19 +47,19 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], setting: Mapping[str, Any]
+        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
         """The header as it is stored, without a spare bit in its last byte, on the host.
 
         Args:
             widths: bits per weight of each block, `u8[blocks]`.
             header: what each block has besides its codes and its width, by name: arrays over the blocks.
-            setting: what the blocks of the leaf have in common, by name: float32 numbers.
+            leaf_params: what the blocks of the leaf have in common, by name: float32 numbers.
         """
 
     @abc.abstractmethod
     def unpack_header(self, stored: Mapping[str, Any], blocks: int) -> tuple[Any, dict[str, Any]]:
-        """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and setting as arrays over the blocks.
+        """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and leaf parameters as arrays over the blocks.
 
         In numpy for arrays on the host, where nothing is to be compiled for their shapes; else traceable.
         """

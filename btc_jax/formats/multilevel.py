@@ -84,9 +84,9 @@ class MultilevelFormat(Format):
         return {"centre": number, "header": jax.ShapeDtypeStruct((blocks,), jnp.dtype(jnp.uint8)), "step": number}
 
     def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], setting: Mapping[str, Any]
+        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
-        return {**header, **{name: np.reshape(setting[name], 1).astype(np.float32) for name in ("centre", "step")}}
+        return {**header, **{name: np.reshape(leaf_params[name], 1).astype(np.float32) for name in ("centre", "step")}}
 
     def unpack_header(self, stored: Mapping[str, Any], blocks: int) -> tuple[Any, dict[str, Any]]:
         xp, header = namespace(stored["header"]), stored["header"]

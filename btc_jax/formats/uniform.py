@@ -63,7 +63,7 @@ class UniformFormat(Format):
         return extremes | {"wide": jax.ShapeDtypeStruct((-(-blocks // 8),), jnp.dtype(jnp.uint8))}
 
     def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], setting: Mapping[str, Any]
+        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
     ) -> dict[str, np.ndarray]:
         if len(self.widths) == 1:
             return dict(header)

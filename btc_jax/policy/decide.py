@@ -59,7 +59,7 @@ class Decision:
         codec: its codec, or `None` for a dense leaf.
         order: how its weights run through the blocks.
         reason: why it is packed, or is not.
-        free: the order may become the one that transforms the taps as well, where that pays.
+        allow_transform: the order may become the one that transforms the taps as well, where that pays.
         weight: how much its squared error counts.
         stack: how many matrices of one shape it holds, such as layers stacked for a scan.
         stacks: the axes along which it is cut into matrices that are packed one by one.
@@ -71,7 +71,7 @@ class Decision:
     codec: Codec | None
     order: Order
     reason: str
-    free: bool = False
+    allow_transform: bool = False
     weight: float = 1.0
     stack: int = 1
     stacks: tuple[int, ...] = ()
@@ -166,11 +166,11 @@ class Policy:
             obstacle = obstacle or dense or self._not_by_default(leaf, codec)
         reason = obstacle or (f"rule {number}" if number else "default")
         order: Order = rule.order or self.order or order_of(leaf.path)
-        free = not (number and rule.order)
+        allow_transform = not (number and rule.order)
         stacks = () if obstacle else _stack_axes(leaf, rule, number)
         pieces = None if obstacle else rule.pieces
         codec = None if obstacle else codec
-        return Decision(leaf.path, codec, order, reason, free, rule.weight, stacks=stacks, pieces=pieces)
+        return Decision(leaf.path, codec, order, reason, allow_transform, rule.weight, stacks=stacks, pieces=pieces)
 
     def _not_by_default(self, leaf: LeafSpec, codec: Codec | None) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""
@@ -228,7 +228,7 @@ def _counted(decision: Decision, leaf: LeafSpec, stack: int) -> Decision:
 def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:
     """Whether packing saves bytes, with all blocks as wide as they can be, or for a target as they usually are."""
     size, form = math.prod(leaf.shape), codec.formats[-1]
-    usual = codec.usual_bits if codec.adaptive else math.inf
+    usual = codec.default_bits if codec.rate_controlled else math.inf
     width = min((bits for bits in form.widths if bits >= usual), default=form.widths[-1])
     return nbytes_of_one_width(form, size, width) + _RECORD < size * leaf.dtype.itemsize
 

@@ -13,7 +13,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from btc_jax._typing import Array, Order
-from btc_jax._xla import apart
+from btc_jax._xla import no_fusion
 from btc_jax.backends import native
 from btc_jax.backends.xla import narrowed
 from btc_jax.blocks import join, tap_sizes
@@ -97,12 +97,12 @@ def reference(
     if together:
         count = math.prod(lead) * blocks
         made = jax.tree.map(lambda a: a.reshape(count, *a.shape[len(lead) + 1 :]), made)
-        weights = apart(decoded, *made)
+        weights = no_fusion(decoded, *made)
     else:
-        apart_of_each = functools.partial(apart, decoded)
+        no_fusion_of_each = functools.partial(no_fusion, decoded)
         for _ in lead:
-            apart_of_each = jax.vmap(apart_of_each)
-        weights = apart_of_each(*made)
+            no_fusion_of_each = jax.vmap(no_fusion_of_each)
+        weights = no_fusion_of_each(*made)
     weights = weights.reshape(*lead, blocks, -1)[..., : form.block_size]
     return narrowed(placed(weights), dtype)
 

@@ -11,7 +11,7 @@ _MISSES = 2
 
 class _Tried(NamedTuple):
     bits: float
-    held: bool
+    ok: bool
     needs: float | None
 
 
@@ -28,8 +28,8 @@ class Budgets:
         >>> budgets, tried = Budgets(2, 8, 0.1, first=4.4), []
         >>> while (bits := budgets.next()) is not None:
         ...     tried.append(bits)
-        ...     budgets.tell(bits, held=bits >= 4.37, needs=4.37 - bits)
-        >>> [round(bits, 2) for bits in tried], budgets.held == min(bits for bits in tried if bits >= 4.37)
+        ...     budgets.tell(bits, ok=bits >= 4.37, needs=4.37 - bits)
+        >>> [round(bits, 2) for bits in tried], budgets.lowest_ok == min(bits for bits in tried if bits >= 4.37)
         ([4.45, 4.35], True)
     """
 
@@ -43,14 +43,14 @@ class Budgets:
         self._hopes: bool | None = None  # that the last budget proposed holds, or breaks; or none
 
     @property
-    def held(self) -> float | None:
+    def lowest_ok(self) -> float | None:
         """The smallest budget that held."""
-        return min((tried.bits for tried in self._tried if tried.held), default=None)
+        return min((tried.bits for tried in self._tried if tried.ok), default=None)
 
     @property
-    def broke(self) -> float | None:
+    def highest_violating(self) -> float | None:
         """The largest budget that did not."""
-        return max((tried.bits for tried in self._tried if not tried.held), default=None)
+        return max((tried.bits for tried in self._tried if not tried.ok), default=None)
 
     @property
     def most(self) -> int:
@@ -58,22 +58,22 @@ class Budgets:
         halvings = math.ceil(math.log2(max((self.high - self.low) / self._tolerance, 1)))
         return 2 + halvings + (0 if self._expected is None else PREDICTED)
 
-    def tell(self, bits: float, held: bool, needs: float | None = None) -> None:
+    def tell(self, bits: float, ok: bool, needs: float | None = None) -> None:
         """What came of a budget.
 
         Args:
-            held: it kept to the limits.
+            ok: whether it kept to the limits.
             needs: how many more bits the limits ask for, below 0 for fewer; `None` if that is unknown.
         """
-        consistent = needs is not None and math.isfinite(needs) and (needs <= 0) == held
-        self._tried.append(_Tried(bits, held, needs if consistent else None))
-        self._misses += self._hopes is not None and self._hopes != held
+        consistent = needs is not None and math.isfinite(needs) and (needs <= 0) == ok
+        self._tried.append(_Tried(bits, ok, needs if consistent else None))
+        self._misses += self._hopes is not None and self._hopes != ok
         if self._expected is not None:
             self._expected = self._crossing()
 
     def next(self) -> float | None:
         """The next budget; `None` when nothing is left to find out."""
-        held, broke = self.held, self.broke
+        held, broke = self.lowest_ok, self.highest_violating
         if held is not None and (held <= self.low or (broke is not None and self._is_near(held - broke))):
             return None
         if broke is not None and broke >= self.high:
@@ -96,9 +96,9 @@ class Budgets:
         steps grow with each prediction that was wrong.
         """
         step = self._tolerance * 2**self._misses
-        if self.held is not None and high - expected <= step:
+        if self.lowest_ok is not None and high - expected <= step:
             return high - step, False
-        if self.broke is not None and expected - low <= step:
+        if self.highest_violating is not None and expected - low <= step:
             return low + step, True
         return expected + step / 2, True
 

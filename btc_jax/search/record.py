@@ -20,7 +20,7 @@ class SearchStatus(enum.StrEnum):
     """Every block size held; or the fewest bits did."""
     STOPPED = "stopped"
     """A block size, or a number of bits, broke a limit; the best one found held."""
-    NOTHING_HELD = "nothing held"
+    NONE_WITHIN_LIMITS = "none within limits"
     """The smallest blocks, or the most bits, already broke a limit."""
     EVALUATE_FAILED = "evaluate failed"
     """The evaluate function raised, or returned what cannot be."""
@@ -65,8 +65,8 @@ class SearchResult(Drawn):
     def draw(self, ax: Any) -> None:
         """Draws the error of each trial against its effective bits, and marks the best one."""
         for label, marker, trials in (
-            ("within the limits", "o", [trial for trial in self.trials if trial.held]),
-            ("over a limit", "x", [trial for trial in self.trials if not trial.held]),
+            ("within the limits", "o", [trial for trial in self.trials if trial.ok]),
+            ("over a limit", "x", [trial for trial in self.trials if not trial.ok]),
             ("best", "*", [self.best] if self.best else []),
         ):
             totals = [trial.metrics.total for trial in trials]
@@ -107,7 +107,7 @@ def _cells(trial: Trial, best: bool) -> dict[str, str]:
         "effective": f"{total.effective_bits:.3f}",
         "packed": f"{trial.metrics.bytes_after:,}",
         "seconds": f"{trial.seconds:.2f}",
-        "verdict": trial.broke or ("best" if best else "holds"),
+        "verdict": trial.violation or ("best" if best else "holds"),
     }
 
 
@@ -116,7 +116,7 @@ def status_of(trials: Sequence[Trial], failure: str, complete: bool) -> SearchSt
         return SearchStatus.EVALUATE_FAILED
     if complete:
         return SearchStatus.COMPLETE
-    return SearchStatus.STOPPED if any(trial.held for trial in trials) else SearchStatus.NOTHING_HELD
+    return SearchStatus.STOPPED if any(trial.ok for trial in trials) else SearchStatus.NONE_WITHIN_LIMITS
 
 
 def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial], failure: str, by_bits: bool) -> str:
@@ -126,11 +126,12 @@ def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial]
         return f"{failure}. {kept}. Fix `evaluate` and rerun."
     if best is None:
         first = max(trials, key=lambda trial: trial.bits or 0)
-        return f"{_capital(first.name)}, {words.first}, already breaks the limit ({first.broke}). {words.nothing}"
+        return f"{_capital(first.name)}, {words.first}, already breaks the limit ({first.violation}). {words.nothing}"
     if status is SearchStatus.COMPLETE:
         return f"{_found(best)}, {words.last}"
     broken = _nearest_broken(trials)
-    return f"{_found(best)}; {broken.name} breaks the limit ({broken.broke}). Use the tree found, or raise the limit."
+    limit = f"{broken.name} breaks the limit ({broken.violation})"
+    return f"{_found(best)}; {limit}. Use the tree found, or raise the limit."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _found(best: Trial) -> str:
 
 def _nearest_broken(trials: Sequence[Trial]) -> Trial:
     """The broken trial next to those that held: the last of block sizes, that of most bits."""
-    return max((trial for trial in reversed(trials) if trial.broke), key=lambda trial: trial.bits or 0)
+    return max((trial for trial in reversed(trials) if trial.violation), key=lambda trial: trial.bits or 0)
 
 
 def _capital(text: str) -> str:

@@ -97,7 +97,7 @@ def btc_search(
     ends = None if bits is None else _ends(bits, tolerance)
     sharing = sharing_of(bits=ends and ends[1], sensitivity=sensitivity, taps=taps)
     policy = one_policy(codec, policy, sharing)
-    if not ends and policy.codec and policy.codec.adaptive:
+    if not ends and policy.codec and policy.codec.rate_controlled:
         raise ValueError(f"{policy.codec!r} takes the bits it is given, whatever its blocks; search bits=(3, 6), say")
     policies = [] if ends else _policies(policy, block_sizes)
     if ends:
@@ -128,7 +128,7 @@ def _result(
     for outcome in found:
         trials.append(outcome.trial)
         failure = outcome.failure
-        if outcome.trial.held and (best is None or ends is None or (outcome.trial.bits or 0) < (best.bits or 0)):
+        if outcome.trial.ok and (best is None or ends is None or (outcome.trial.bits or 0) < (best.bits or 0)):
             best, tree = outcome.trial, outcome.tree
     complete = best is not None and (best.bits == ends[0] if ends else best is trials[-1])
     status = status_of(trials, failure, complete)
@@ -142,7 +142,7 @@ def _larger_blocks(judge: Judge, policies: list[Policy], progress: bool) -> Iter
     for policy in tracked(policies, "searching block sizes", progress):
         outcome = judge.judged(policy, Sharing())
         yield outcome
-        if outcome.trial.broke:
+        if outcome.trial.violation:
             return
 
 
@@ -158,7 +158,7 @@ def _fewer_bits(
         yield outcome
         if outcome.failure:
             return
-        budgets.tell(bits, outcome.trial.held, outcome.needs)
+        budgets.tell(bits, outcome.trial.ok, outcome.needs)
 
 
 def _predicted(judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float]) -> float | None:

@@ -34,7 +34,7 @@ class Trial:
         accuracy: what `evaluate` returned, 0 to 1; `None` if it was not called, failed, or returned none.
         drop: points (hundredths) of accuracy lost against the float tree; `None` without accuracy.
         seconds: time for packing, measuring and evaluating.
-        broke: the limit it broke, in words; empty if it held.
+        violation: the limit it breaks, in words; empty if it is within all limits.
         bits: the budget of effective bits that was given, where bits are searched.
         kl: divergence of the answers from those of the float tree, in nats; `None` if `evaluate` returned none.
         agreement: share of answers that are the same, 0 to 1; `None` likewise.
@@ -45,14 +45,14 @@ class Trial:
     accuracy: float | None
     drop: float | None
     seconds: float
-    broke: str
+    violation: str
     bits: float | None = None
     kl: float | None = None
     agreement: float | None = None
 
     @property
-    def held(self) -> bool:
-        return not self.broke
+    def ok(self) -> bool:
+        return not self.violation
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Trial:
     def to_json(self) -> dict[str, Any]:
         fields = {"codec": self.codec.to_json(), "bits": self.bits, "metrics": self.metrics.to_json()}
         fields |= {"accuracy": self.accuracy, "drop": self.drop, "kl": self.kl, "agreement": self.agreement}
-        return fields | {"seconds": self.seconds, "broke": self.broke}
+        return fields | {"seconds": self.seconds, "violation": self.violation}
 
 
 class Answers(NamedTuple):
@@ -160,7 +160,7 @@ class Judge:
         known = answers.accuracy is not None and self.baseline is not None
         drop = round(100 * (self.baseline - answers.accuracy), 9) if known else None  # pyright: ignore
         rmse = metrics.total.rmse
-        broke = failure or self.limits.broken(rmse, drop, answers)
+        violation = failure or self.limits.broken(rmse, drop, answers)
         bits = sharing.target.value if sharing.target else None
         trial = Trial(
             policy.codec,
@@ -168,7 +168,7 @@ class Judge:
             answers.accuracy,
             drop,
             time.perf_counter() - start,
-            broke,
+            violation,
             bits,
             answers.kl,
             answers.agreement,

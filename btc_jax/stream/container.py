@@ -54,7 +54,7 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
     cut = cut_by(leaf, how)
     count, piece = (cut.total, cut.piece(shape)) if cut else (1, shape)
     form = max(how.codec.formats, key=lambda form: _most_nbytes(form, math.prod(piece)))
-    order = (with_taps(piece, how.order) if how.free else None) or how.order
+    order = (with_taps(piece, how.order) if how.allow_transform else None) or how.order
     tensor = packed_tensor(path, count * _most_nbytes(form, math.prod(piece)))
     details = {"codec": form.to_json(), "order": order, "error": error_of_list([_LONGEST] * 3)}
     if cut:

@@ -52,9 +52,9 @@ def searched(params: PyTree, exam: Exam) -> Quantized:
     evaluate = (lambda tree: exam.accuracy(restore(merged, tree))) if exam.known else None
     result = btc_jax.btc_search(merged.tree, evaluate, policy=merged_policy(Uniform()), progress=False, **limits)
     if result.best is None:
-        broke = result.trials[0].broke if result.trials else result.message
+        broke = result.trials[0].violation if result.trials else result.message
         return swept(exam, Uniform(BLOCK_SIZES[0]), f"{BLOCK_SIZES[0]}, and none holds: {broke}")
-    stopped = result.trials[-1].broke
+    stopped = result.trials[-1].violation
     rest = f"{result.trials[-1].codec.block_size}: {stopped}" if stopped else "all hold"
     return swept(exam, Uniform(result.best.codec.block_size), f"{result.best.codec.block_size}; {rest}")
 
