@@ -63,7 +63,7 @@ class Codec(abc.ABC):
 
     @property
     def encoder(self) -> "Codec":
-        """The codec without the numbers that only `leaf_params` reads, so that a new value does not recompile `encode`."""
+        """The codec without what only `leaf_params` reads, so that new values do not recompile `encode`."""
         return self
 
     def decided(self, form: Format, slope: float, rms: float) -> "Codec":
@@ -99,7 +99,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def fits(self, header: Mapping[str, Any]) -> Any:
-        """Whether header and leaf parameters of all blocks hold their weights: finite, not too large, not all too small.
+        """Whether headers and leaf parameters hold the weights of all blocks: finite, not too large, not all too small.
 
         On the host or traced. A weight that is not finite must leave a number that is not finite in one of them.
         """
