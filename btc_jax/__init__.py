@@ -62,6 +62,8 @@ from btc_jax.plan import btc_plan as btc_plan
 from btc_jax.policy import BTCPolicyError as BTCPolicyError
 from btc_jax.policy import Policy as Policy
 from btc_jax.policy import Rule as Rule
+from btc_jax.report import Report as Report
+from btc_jax.report import btc_report as btc_report
 from btc_jax.search import SearchResult as SearchResult
 from btc_jax.search import SearchStatus as SearchStatus
 from btc_jax.search import Trial as Trial

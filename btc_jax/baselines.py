@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from btc_jax._ties import once
 from btc_jax._typing import Array, ArrayLike, Float, Order, PyTree
 from btc_jax._xla import rounded
-from btc_jax.blocks import blocks_of, join
-from btc_jax.metrics import Storage, TreeMetrics, measure_leaf, tied_row, tree_metrics
+from btc_jax.blocks import blocks_of, join, without_taps
+from btc_jax.metrics import LeafRow, Storage, TreeMetrics, measure_leaf, tied_row, tree_metrics
 from btc_jax.policy import Decision, Policy
 from btc_jax.tree import decide, refuse_nothing_to_do, refuse_without_values
 
@@ -102,13 +102,24 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
     return treedef.unflatten([result for result, _ in pairs]), tree_metrics(rows)
 
 
+def measure_baseline(path: str, leaf: ArrayLike, baseline: Baseline, order: Order) -> LeafRow:
+    """The figures of one leaf; of an order that transforms taps, the same without the transform.
+
+    Raises:
+        ValueError: if weights are NaN, infinite, or too large for the header; the message names the leaf.
+    """
+    return measure_leaf(path, leaf, *_decoded(path, leaf, baseline, without_taps(order)), baseline.name)
+
+
 def _quantized(how: Decision, leaf: Any, baseline: Baseline) -> tuple[Any, Storage | None]:
     """A leaf after quantization, and what a packed form would store; or a dense leaf as it is."""
-    if how.codec is None:
-        return leaf, None
-    group = _group(leaf.shape, baseline.group_size, how.order)
-    result = _reconstruct(leaf, baseline, group, how.order)
-    _refuse_not_finite(how.path, leaf, result, baseline)
+    return (leaf, None) if how.codec is None else _decoded(how.path, leaf, baseline, how.order)
+
+
+def _decoded(path: str, leaf: Any, baseline: Baseline, order: Order) -> tuple[Array, Storage]:
+    group = _group(leaf.shape, baseline.group_size, order)
+    result = _reconstruct(leaf, baseline, group, order)
+    _refuse_not_finite(path, leaf, result, baseline)
     return result, _storage(leaf.size, baseline, group)
 
 

@@ -64,6 +64,11 @@ def with_taps(shape: tuple[int, ...], order: Order) -> Order | None:
     return f"{order}{_TAPS}" if fits else None  # pyright: ignore[reportReturnType]
 
 
+def without_taps(order: Order) -> Order:
+    """The order that does not transform the taps."""
+    return order.removesuffix(_TAPS)  # pyright: ignore[reportReturnType]
+
+
 def tap_sizes(shape: tuple[int, ...], order: Order) -> tuple[int, ...]:
     """Sizes of the axes that the order transforms."""
     return tuple(shape[axis] for axis in axes(len(shape), order)[:-2]) if order.endswith(_TAPS) else ()

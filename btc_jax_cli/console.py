@@ -23,6 +23,8 @@ class OneLineErrors(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        first = args[0]  # what is parsed is taken out of the list
+        self._main_shell_completion({}, "btc")  # ends the process if a shell asks for completions
         try:
             with self.make_context("btc", args) as context:
                 code = self.invoke(context)
@@ -30,13 +32,14 @@ class OneLineErrors(TyperGroup):
         except typer.Exit as done:
             code = done.exit_code
         except KeyboardInterrupt:
-            again = "resumes where it stopped" if "quantize" in args[:1] else "starts it again"
+            again = "resumes where it stopped" if first == "quantize" else "starts it again"
             code = _fail(f"interrupted; the same command {again}", 130)
         except BrokenPipeError:
             code = _nobody_reads()
         except _ClickException as error:
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "btc"
+            command = f"btc {first}" if command == "btc" and first in self.commands else command
             code = _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
         except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
             code = _fail(_sentence(error), 2)

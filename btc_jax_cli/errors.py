@@ -71,4 +71,4 @@ def _(error: BTCNotCompressedError) -> str:
 
 @at_a_prompt.register
 def _(error: CompressedSourceError) -> str:
-    return f"{error.problem}; `btc restore` makes it dense again"
+    return f"{error.problem}; `btc dequantize` makes it dense again"

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -20,9 +21,11 @@ from typer.testing import CliRunner
 
 import btc_jax
 from btc_jax import _progress
+from btc_jax.codecs import CODECS
 from btc_jax.compare import compare, open_any
-from btc_jax_cli import commands, console
-from btc_jax_cli.options import shard_bytes
+from btc_jax_cli import commands, console, reading
+from btc_jax_cli.fields import codec_fields
+from btc_jax_cli.options import nbytes
 
 RNG = np.random.default_rng(0)
 
@@ -173,12 +176,12 @@ class TestQuantize:
         ("text", "size"), [("12", 12), ("500MB", 500_000_000), ("2GiB", 2**31), ("1.5 kb", 1500), ("7b", 7)]
     )
     def test_sizes(self, text, size):
-        assert shard_bytes(text) == size
+        assert nbytes(text, "max_shard_bytes") == size
 
     @pytest.mark.parametrize("text", ["", "MB", "0", "-5", "12QB", "1e9", "nan", "9" * 400, "0.1"])
     def test_what_is_no_size(self, text):
         with pytest.raises(ValueError, match=r"max_shard_bytes is .*500MB"):
-            shard_bytes(text)
+            nbytes(text, "max_shard_bytes")
 
     def test_what_is_no_size_at_a_prompt(self, source, tmp_path):
         line = refused("quantize", source, tmp_path / "x.safetensors", "--max-shard-bytes", "12QB")
@@ -196,7 +199,7 @@ class TestTargets:
         assert done["effective_bits"] == pytest.approx(bits)
         total = as_json("diff", source, target, code=1)["total"]
         assert [done["rmse"], done["sqnr_db"]] == pytest.approx([total["rmse"], total["sqnr_db"]], rel=1e-4)
-        assert as_json("restore", target, target.with_suffix(".plain"), "-f")["bytes"] > done["bytes_before"]
+        assert as_json("dequantize", target, target.with_suffix(".plain"), "-f")["bytes"] > done["bytes_before"]
         return done, packed
 
     def test_bits(self, source, tmp_path):
@@ -380,29 +383,29 @@ class TestDiff:
         assert found["c"].rmse == pytest.approx(1e-12, rel=1e-3)
 
 
-class TestRestore:
+class TestDequantize:
     def test_brings_back_names_and_dtypes(self, small, tmp_path):
         target = tmp_path / "plain.safetensors"
-        assert as_json("restore", small, target)["bytes"] == target.stat().st_size
+        assert as_json("dequantize", small, target)["bytes"] == target.stat().st_size
         plain = load_file(target)
         assert {name: (x.shape, x.dtype) for name, x in plain.items()} == {
             name: (x.shape, x.dtype) for name, x in LEAVES.items()
         }
         np.testing.assert_array_equal(plain["steps"], LEAVES["steps"])
         assert btc("diff", small, target)[0] == 0
-        assert "--force" in refused("restore", small, target)
-        assert btc("restore", small, target, "-f")[0] == 0
+        assert "--force" in refused("dequantize", small, target)
+        assert btc("dequantize", small, target, "-f")[0] == 0
 
     def test_says_what_safetensors_cannot_hold(self, tmp_path):
         btc_jax.save(tmp_path / "x.btc", {"key": jax.random.key(0), "name": "net", "w": jnp.ones(3), "n": 1})
-        code, out, err = btc("restore", tmp_path / "x.btc", tmp_path / "y")
+        code, out, err = btc("dequantize", tmp_path / "x.btc", tmp_path / "y")
         assert (code, err) == (0, "")
         assert out.splitlines()[:-1] == [
             "key: key<fry> as uint32[2]",
             "n: Python int as int64[]",
             "name: Python str, left out",
         ]
-        found = as_json("restore", "-f", tmp_path / "x.btc", tmp_path / "y")
+        found = as_json("dequantize", "-f", tmp_path / "x.btc", tmp_path / "y")
         assert (found["leaves"], found["bytes"]) == (3, (tmp_path / "y").stat().st_size)
         assert found["left_out"] == {"name": "Python str"}
         assert list(found["changed"]) == ["key", "n"]
@@ -410,8 +413,119 @@ class TestRestore:
 
     def test_refuses_damage(self, small, tmp_path):
         file = damaged(small, tmp_path / "x.btc")
-        assert "damaged" in refused("restore", file, tmp_path / "plain.safetensors")
+        assert "damaged" in refused("dequantize", file, tmp_path / "plain.safetensors")
         assert [path.name for path in tmp_path.iterdir()] == ["x.btc"]
+
+
+class TestReport:
+    def test_writes_a_page(self, source, small, tmp_path):
+        page = tmp_path / "page.html"
+        code, out, err = btc("report", source, small, "-o", page)
+        assert (code, err, out.count("\n")) == (0, "", 1)
+        found = as_json("report", source, small, "-o", page, "-f", "--no-baselines")
+        total = as_json("diff", source, small, code=1)["total"]
+        assert found["metrics"]["total"]["sqnr_db"] == pytest.approx(total["sqnr_db"], rel=1e-6)
+        assert f"{total['sqnr_db']:.2f} dB" in out
+        assert page.read_text().startswith("<!DOCTYPE html>")
+        assert found["baselines"] == []
+
+    def test_replaces_only_when_told(self, source, small, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "report.html").write_text("precious")
+        assert "--force" in refused("report", source, small)
+        assert "written over" in refused("report", source, small, "-o", small, "-f")
+        assert (tmp_path / "report.html").read_text() == "precious"
+        assert "`btc quantize` makes one" in refused("report", source, source, "-f")
+
+
+class TestSearch:
+    def test_block_sizes(self, source):
+        found = as_json("search", source, "--block-sizes", "32,64", "--max-rmse", "none")
+        assert (found["status"], len(found["trials"]), found["best"]) == ("complete", 2, 1)
+        code, out, err = btc("search", source, "--block-sizes", "32,64", "--max-rmse", "1e-9")
+        assert (code, err) == (1, "")
+        assert "breaks the limit" in out
+
+    def test_bits_by_a_function_of_the_user(self, source, tmp_path):
+        (tmp_path / "judge.py").write_text(
+            "def accuracy(params):\n    return float(abs(params['conv.bias'].sum()) > 0)\n"
+        )
+        target = tmp_path / "found.btc"
+        evaluate = ("--evaluate", f"{tmp_path / 'judge.py'}:accuracy")
+        found = as_json("search", source, target, "--bits", 3, 6, *evaluate, "--tolerance", 1)
+        assert found["best"] is not None
+        assert found["trials"][found["best"]]["accuracy"] == 1
+        assert as_json("verify", target)["ok"]
+        assert "--force" in refused("search", source, target)
+
+    @pytest.mark.parametrize(
+        ("says", "options"),
+        [
+            ("there is no file nope.py", ("--evaluate", "nope.py:f")),
+            ("there is no module 'no_such_module'", ("--evaluate", "no_such_module:f")),
+            ("math has no function 'nope'", ("--evaluate", "math:nope")),
+            ("is not FILE.py:FUNCTION", ("--evaluate", "nope.py")),
+            ("--max-rmse 'x' is neither a number nor 'none'", ("--max-rmse", "x")),
+            ("are not whole numbers with commas", ("--block-sizes", "32;64")),
+            ("search --bits LOW HIGH", ("--codec", "multilevel")),
+            ("btc search --help", ("--bits", "3")),
+        ],
+    )
+    def test_what_is_wrong(self, source, says, options):
+        assert says in refused("search", source, *options)
+
+
+class TestRulesFile:
+    def test_comes_after_rules_at_the_prompt(self, source, tmp_path):
+        file = tmp_path / "rules.toml"
+        file.write_text(
+            "[[rule]]\npattern = 'conv.*'\ncodec = { id = 'uniform', block_size = 32 }\n"
+            "[[rule]]\npattern = '*'\ncodec = 'dense'\n"
+        )
+        leaves = as_json("plan", source, "--rules", file, "--rule", "head*=16")["leaves"]
+        codecs = {leaf["path"]: leaf["codec"] and leaf["codec"]["block_size"] for leaf in leaves}
+        assert codecs == {"conv.weight": 32, "conv.bias": 32, "head.weight": 16, "steps": None}
+        assert {leaf["path"]: leaf["reason"] for leaf in leaves}["conv.weight"] == "rule 2"
+
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("pattern", "is not a TOML file"),
+            ("", "has no rule"),
+            ("rules = 3", "has 'rules'"),
+            ("[[rule]]\ncodec = 'dense'", "rule 1 has no pattern"),
+            ("[[rule]]\npattern = 'x'\nbits = 3", "rule 1 has 'bits'"),
+            ("[[rule]]\npattern = 'x'\ncodec = 'nope'", "rule 1: codec is 'nope'"),
+            ("[[rule]]\npattern = 'x'\ncodec = {id = 'nope'}", "rule 1: unknown codec 'nope'"),
+            ("[[rule]]\npattern = 'x'\nweight = -1", "weight is -1"),
+        ],
+    )
+    def test_what_is_wrong_names_file_and_rule(self, source, tmp_path, text, says):
+        (tmp_path / "rules.toml").write_text(text)
+        line = refused("plan", source, "--rules", tmp_path / "rules.toml")
+        assert says in line
+        assert "rules.toml" in line
+
+    def test_no_file(self, source):
+        assert "nope.toml does not exist" in refused("plan", source, "--rules", "nope.toml")
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(source, tmp_path):
+    options = ("--bits", 4.5, "--min-size", 1000)
+    target = tmp_path / "x.btc"
+    assert as_json("quantize", source, target, "--dry-run", *options) == as_json("plan", source, *options)
+    code, out, err = btc("quantize", source, target, "--dry-run", *options)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == f"dry run: {target} was not written."
+    assert not target.exists()
+
+
+def test_every_field_of_a_codec_is_an_option():
+    for name, codec in CODECS.items():
+        fields = {field.name: field.default for field in dataclasses.fields(codec)}  # pyright: ignore[reportArgumentType]
+        assert {field.name: field.default for field in codec_fields()[name].values()} == fields
+        text = btc("quantize", "--help")[1]
+        assert all(f"--{field.replace('_', '-')} " in text for field in fields)
 
 
 def wrong_options():
@@ -422,13 +536,13 @@ def wrong_options():
     yield "not a regular expression", ("--rule", "re:(=dense")
     yield "--rule 'steps=dense' before it", ("--rule", "steps=64")
     yield "at least 2", ("--rule", "*=1")
-    yield "btc plan --help", ("--block-size", "x")
-    yield "btc plan --help", ("--block-size", "99999999999999999999")
+    yield "--block-size 'x' is not a whole number", ("--block-size", "x")
+    yield "at most 65536", ("--block-size", "99999999999999999999")
     yield "low_bits is 8", ("--low-bits", "8")
     yield "0 or more", ("--threshold", "nan")
-    yield "'float16' or 'float32'", ("--header-dtype", "f16")
+    yield "--header-dtype 'f16' is not 'float16' or 'float32'", ("--header-dtype", "f16")
     yield "--block-size", ("--blok-size", "3")
-    yield "--threshold 'x' is not a number, 'inf' or 'auto'", ("--threshold", "x")
+    yield "--threshold 'x' is not a number or 'auto'", ("--threshold", "x")
     yield "btc: --bits 4.0 and --sqnr 9.0 are given", ("--bits", "4", "--sqnr", "9")
     yield "btc: --bits is nan", ("--bits", "nan")
     yield "bits is -1.0; it must be a positive number", ("--bits", "-1")
@@ -445,11 +559,11 @@ def wrong_options():
     yield "add --threshold auto", ("--codec", "uniform", "--sqnr", "30")
     yield "leave out --width 4, or use --width leaf", ("--width", "4", "--rmse", "0.1")
     yield "--sensitivity is for a target", ("--sensitivity", "equal")
-    yield "--sensitivity 'none.safetensors' is no file, nor", ("--sensitivity", "none.safetensors", "--bits", "4")
+    yield "--sensitivity 'none.safetensors' is neither a file nor", ("--sensitivity", "none.safetensors", "--bits", "4")
     yield "--sensitivity shape and --rmse 0.1 are given", ("--sensitivity", "shape", "--rmse", "0.1")
-    yield "--width '9' is not 'leaf', nor a width", ("--width", "9", "--bits", "4")
-    yield "--width 'all' is not 'leaf'", ("--width", "all", "--codec", "multilevel")
-    yield "--effort 'slow' is unknown; it can be fast or exhaustive", ("--effort", "slow", "--bits", "4")
+    yield "width is 9; it can be 0 to 8 bits", ("--width", "9", "--bits", "4")
+    yield "--width 'all' is not a whole number or 'leaf'", ("--width", "all", "--codec", "multilevel")
+    yield "--effort 'slow' is not 'fast' or 'exhaustive'", ("--effort", "slow", "--bits", "4")
     yield "block_size is 8; it can be 16 to 256", ("--block-size", "8", "--bits", "4")
     yield "--rule 'head*=weight:2' is for a target", ("--rule", "head*=weight:2")
     yield "weight 'much' is not a number", ("--rule", "head*=weight:much", "--bits", "4")
@@ -480,7 +594,7 @@ class TestOneLine:
 
     def test_not_a_compressed_checkpoint(self, source, tmp_path):
         assert "`btc quantize` makes one" in refused("inspect", source)
-        assert "`btc quantize` makes one" in refused("restore", source, tmp_path / "x")
+        assert "`btc quantize` makes one" in refused("dequantize", source, tmp_path / "x")
 
     def test_verify_of_another_file(self, source, tmp_path):
         code, out, err = btc("verify", source)
@@ -490,7 +604,7 @@ class TestOneLine:
 
     def test_a_compressed_source(self, small, tmp_path):
         for command in (("plan",), ("quantize", tmp_path / "x")):
-            assert "`btc restore`" in refused(command[0], small, *command[1:])
+            assert "`btc dequantize`" in refused(command[0], small, *command[1:])
         assert not list(tmp_path.iterdir())
 
     def test_a_foreign_source(self, tmp_path):
@@ -506,7 +620,7 @@ class TestOneLine:
 
         with ocp.Checkpointer(BTCCheckpointHandler()) as writer:
             writer.save(tmp_path / "x", args=BTCSave(btc_jax.load(small)))
-        assert "`btc restore`" in refused("plan", tmp_path / "x")
+        assert "`btc dequantize`" in refused("plan", tmp_path / "x")
         assert "btc_jax.orbax" in refused("diff", small, tmp_path / "x")
 
     def test_a_damaged_checkpoint_is_not_taken_for_a_dense_one(self, small, tmp_path):
@@ -518,7 +632,7 @@ class TestOneLine:
         assert "regular file" in refused("quantize", source, "/dev/null", "--force")
         assert "make it first" in refused("quantize", source, tmp_path / "nope" / "x")
         assert "another file" in refused("quantize", source, source, "--force")
-        assert "another file" in refused("restore", small, small, "--force")
+        assert "another file" in refused("dequantize", small, small, "--force")
         assert "another file" in refused("quantize", source.parent, source.parent / "x.btc")
         (tmp_path / "link").symlink_to(source)
         assert "another file" in refused("quantize", source, tmp_path / "link", "--force")
@@ -577,7 +691,7 @@ class TestOneLine:
 
     def test_a_reader_that_leaves(self, small, monkeypatch):
         monkeypatch.setattr(console.os, "dup2", lambda *_: None)
-        monkeypatch.setattr(commands, "show", fails_with(BrokenPipeError()))
+        monkeypatch.setattr(reading, "show", fails_with(BrokenPipeError()))
         assert btc("inspect", small) == (141, "", "")
 
 
@@ -589,7 +703,9 @@ def fails_with(error):
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["", "plan", "quantize", "inspect", "verify", "diff", "restore"])
+    @pytest.mark.parametrize(
+        "command", ["", "plan", "quantize", "search", "dequantize", "inspect", "verify", "diff", "report"]
+    )
     def test_fits_and_tells_exit_codes_and_an_example(self, command):
         code, out, err = btc(*command.split(), "--help")
         assert (code, err) == (0, "")
@@ -615,7 +731,7 @@ def test_progress_is_for_terminals(monkeypatch, capsys):
 
 
 def start(*args):
-    command = [sys.executable, "-m", "btc_jax_cli", *map(str, args)]
+    command = [sys.executable, "-m", "btc_jax", *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -627,7 +743,12 @@ class TestProcess:
         assert (json.loads(out)["different_leaves"], err) == (2, "")
         assert (nothing, line) == ("", f"btc: {tmp_path / 'nope'} does not exist; check the path\n")
 
-    def test_an_interrupted_run_goes_on(self, tmp_path):
+    def test_completion(self):
+        environment = os.environ | {"_BTC_COMPLETE": "complete_bash", "COMP_WORDS": "btc q", "COMP_CWORD": "1"}
+        done = subprocess.run([sys.executable, "-m", "btc_jax_cli"], env=environment, capture_output=True, text=True)
+        assert (done.stdout.split(), done.stderr) == (["quantize"], "")
+
+    def test_an_interrupted_run_resumes(self, tmp_path):
         save_file({f"{i}.weight": weights(64, 64) for i in range(300)}, tmp_path / "x.safetensors")
         run = start("quantize", tmp_path / "x.safetensors", tmp_path / "y.btc")
         deadline = time.monotonic() + 30

@@ -64,8 +64,10 @@ ROOMS = [
         "orbax",
     ),
     "compare",
+    "report",
+    "__main__",
 ]
-CLI_ROOMS = ["errors", "console", "options", "commands"]
+CLI_ROOMS = ["errors", "console", "fields", "options", "functions", "app", "writing", "reading", "commands"]
 
 
 def rooms_imported_by(file, package="btc_jax"):
@@ -87,7 +89,7 @@ def test_imports_go_one_way():
         room = file.relative_to(package).parts[0].removesuffix(".py")
         later = rooms_imported_by(file) - set(ROOMS[: ROOMS.index(room) + 1])
         assert not later, f"{file.name} imports {later}, which come after it"
-        assert not rooms_imported_by(file, "btc_jax_cli")
+        assert not rooms_imported_by(file, "btc_jax_cli") or room == "__main__"
 
 
 def test_imports_of_the_command_go_one_way():

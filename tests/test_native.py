@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,12 @@ from btc_jax.primitives.whole import reference as decoded_by_xla
 
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no native kernels here: {why_not()}")
 
+HEADERS: list[tuple[float, Literal["float16", "float32"]]] = [
+    (0.0, "float16"),
+    (0.05, "float16"),
+    (0.05, "float32"),
+    (float("inf"), "float16"),
+]
 CODECS = [
     *(Multilevel(block_size=size, slope=slope) for size in (32, 64, 96) for slope in (1e-4, 0.3)),
     *(Multilevel(block_size=size, width=width) for size in (32, 128) for width in range(9)),
@@ -32,7 +38,7 @@ CODECS = [
         Uniform(size, low, high, threshold, dtype)
         for size in (64, 96, 256)
         for low, high in ((4, 8), (3, 5))
-        for threshold, dtype in ((0.0, "float16"), (0.05, "float16"), (0.05, "float32"), (float("inf"), "float16"))
+        for threshold, dtype in HEADERS
     ),
 ]
 

@@ -7,7 +7,7 @@ Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block T
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +70,8 @@ class Uniform(Codec):
     block_size: int = 64
     low_bits: int = 4
     high_bits: int = 8
-    threshold: float | str = 0.05
-    header_dtype: str = "float16"
+    threshold: float | Literal["auto"] = 0.05
+    header_dtype: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self):
         for name in ("block_size", "low_bits", "high_bits"):

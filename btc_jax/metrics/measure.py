@@ -70,7 +70,7 @@ def metrics_of(params: PyTree, quantized: PyTree, policy: Policy, errors: Mappin
 def _row(path: str, original: Any, leaf: Any, decision: Decision, error: Error | None) -> "LeafRow":
     storage = storage_of(leaf) if is_packed(leaf) and not is_packed(original) else None
     decoded = leaf.dequantize() if storage and error is None else leaf
-    return measure_leaf(path, original, decoded, storage, _reason(decision, storage), error)
+    return measure_leaf(path, original, decoded, storage, reason_of(decision, storage), error)
 
 
 def _counted_once(row: "LeafRow", before: bool, after: bool) -> "LeafRow":
@@ -154,7 +154,7 @@ def dict_of(tree: PyTree) -> dict[str, Any]:
     return dict(zip(paths, leaves, strict=True))
 
 
-def _reason(decision: Decision, storage: Storage | None) -> str:
+def reason_of(decision: Decision, storage: Storage | None) -> str:
     """The reason of the policy, unless the leaf was packed with another."""
     if (decision.codec is None) == (storage is None) and not decision.tied_to:
         return decision.reason

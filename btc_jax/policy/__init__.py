@@ -7,6 +7,7 @@ from btc_jax.policy.decide import Decision as Decision
 from btc_jax.policy.decide import LeafSpec as LeafSpec
 from btc_jax.policy.decide import Policy as Policy
 from btc_jax.policy.decide import implied_codec as implied_codec
+from btc_jax.policy.files import load_rules as load_rules
 from btc_jax.policy.rules import BTCPolicyError as BTCPolicyError
 from btc_jax.policy.rules import NotFloatingError as NotFloatingError
 from btc_jax.policy.rules import NothingPackedError as NothingPackedError

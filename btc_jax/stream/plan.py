@@ -22,7 +22,7 @@ from btc_jax.policy import Decision, Policy
 from btc_jax.sizes import leaf_nbytes
 from btc_jax.sources import Source, SourceLeaf, open_source
 from btc_jax.stream.container import container_nbytes
-from btc_jax.tree import decide, one_policy
+from btc_jax.tree import decide, flatten, one_policy
 
 PathLike = str | os.PathLike[str]
 
@@ -90,6 +90,17 @@ def nested(source: Source) -> PyTree:
             raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths; rename one")
         node[name] = LeafShape(leaf)
     return tree
+
+
+def read_tree(source: PathLike) -> PyTree:
+    """All leaves of a dense checkpoint as nested dicts of numpy arrays; `compress_file` reads one at a time.
+
+    Raises:
+        ValueError, FileNotFoundError: if it cannot be read, or is compressed.
+    """
+    with open_source(source) as opened:
+        paths, _, treedef = flatten(nested(opened))
+        return treedef.unflatten([opened.read(path) for path in paths])
 
 
 class LazyLeaf:
