@@ -215,7 +215,7 @@ def test_evaluate_sees_the_float_tree_and_then_each_packed_one():
 @pytest.mark.parametrize("limit", [2.0, None])
 def test_a_drop_that_cannot_be_seen_is_said(limit):
     result = search(block_sizes=(32,), max_drop=limit)
-    assert ("Accuracy was not looked at" in result.message) == (limit is not None)
+    assert ("Accuracy was not checked" in result.message) == (limit is not None)
     assert result.accuracy is result.trials[0].accuracy is result.trials[0].drop is None
 
 
@@ -348,9 +348,9 @@ def test_json_holds_the_record():
     assert (record["status"], record["message"], record["accuracy"]) == ("stopped", result.message, 0.9)
     assert record["best"] == 0
     first, second = record["trials"]
-    assert (first["codec"]["block_size"], first["codec"]["threshold"], first["broke"]) == (32, "inf", "")
+    assert (first["codec"]["block_size"], first["codec"]["threshold"], first["violation"]) == (32, "inf", "")
     assert second["drop"] == pytest.approx(10)
-    assert second["broke"].startswith("accuracy drop")
+    assert second["violation"].startswith("accuracy drop")
     assert second["metrics"]["total"]["rmse"] == result.trials[1].metrics.total.rmse
     assert second["seconds"] > 0
 
@@ -450,7 +450,7 @@ def test_a_limit_of_divergence(limit):
     assert broken < (result.best.bits or 0) <= broken + 0.05
     assert len(result.trials) <= 4  # 9 by halving
     assert re.search(rf"breaks the limit \(KL 0\.\d+ > {limit:g}\)", result.message)
-    assert "not looked at" not in result.message
+    assert "not checked" not in result.message
 
 
 def test_a_limit_of_agreement():
@@ -543,7 +543,7 @@ def test_rmse_limits_bits_only_when_told():
     assert result.status is SearchStatus.STOPPED
     assert result.best is not None
     assert result.best.metrics.total.rmse <= worse
-    assert "Accuracy was not looked at" in result.message
+    assert "Accuracy was not checked" in result.message
 
 
 def test_evaluate_that_fails_while_bits_are_searched_keeps_the_trials():

@@ -73,19 +73,19 @@ class Budgets:
 
     def next(self) -> float | None:
         """The next budget; `None` when nothing is left to find out."""
-        held, broke = self.lowest_ok, self.highest_violating
-        if held is not None and (held <= self.low or (broke is not None and self._is_near(held - broke))):
+        ok, violating = self.lowest_ok, self.highest_violating
+        if ok is not None and (ok <= self.low or (violating is not None and self._is_near(ok - violating))):
             return None
-        if broke is not None and broke >= self.high:
+        if violating is not None and violating >= self.high:
             return None
-        low, high = self.low if broke is None else broke, self.high if held is None else held
+        low, high = self.low if violating is None else violating, self.high if ok is None else ok
         if self._expected is None or self._misses > _MISSES or len(self._tried) >= PREDICTED:
             self._hopes = None
-            return high if held is None else low if broke is None else (low + high) / 2
+            return high if ok is None else low if violating is None else (low + high) / 2
         wanted, self._hopes = self._wanted(self._expected, low, high)
-        if held is None and self._is_near(high - wanted):
+        if ok is None and self._is_near(high - wanted):
             return high
-        if broke is None and self._is_near(wanted - low):
+        if violating is None and self._is_near(wanted - low):
             return low
         return wanted if low < wanted < high else (low + high) / 2
 

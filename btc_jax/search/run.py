@@ -134,7 +134,7 @@ def _result(
     status = status_of(trials, failure, complete)
     message = message_of(status, best, trials, failure, by_bits=ends is not None)
     if unchecked:
-        message += " Accuracy was not looked at: max_drop needs an evaluate function that returns one."
+        message += " Accuracy was not checked: max_drop needs an evaluate function that returns one."
     return SearchResult(status, message, best, tree, tuple(trials), baseline)
 
 
