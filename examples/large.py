@@ -1,10 +1,10 @@
-"""A model sharded over eight devices, packed where it lies: a decoder-only transformer whose layers are scanned.
+"""A model sharded over eight devices and packed in place: a decoder-only transformer with scanned layers.
 
     python -m examples.large [--width 768] [--layers 12] [--bits 4.5]
 
-Its weights are random, about 100 million of them: it shows memory and placement. (The answers of random weights are
-close races, which small errors decide; those of trained ones keep much better.) The devices are parts of this CPU, so
-it runs anywhere; on a host with accelerators take out the two lines that ask for them.
+It has about 100 million random weights, and shows memory and placement. (Top choices of random weights are close to
+ties, which small errors decide; those of trained weights are far more stable.) The devices are simulated on the CPU, so
+it runs anywhere; on a host with accelerators, remove the two lines that set them up.
 """
 
 import os
@@ -27,7 +27,7 @@ import btc_jax
 
 VOCABULARY, LENGTH, HEAD = 8192, 64, 64
 SPECS = {"in": (None, "model"), "out": ("model", None)}
-"""How the kernels of a layer are sharded: columns of those that lead in, rows of those that lead out."""
+"""How the kernels of a layer are sharded: input projections by columns, output projections by rows."""
 
 
 def kernel(rngs: nnx.Rngs, inputs: int, outputs: int, kind: str) -> nnx.Param:
@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
 
 
 def placed(state: Any, mesh: Mesh) -> Any:
-    """The state on a mesh: stacked kernels by the names of their axes, the table by its rows."""
+    """The state on a mesh: kernels sharded by name, including stacked ones, the embedding by its rows."""
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
         names = [key.key for key in path if hasattr(key, "key")]
@@ -88,7 +88,7 @@ def placed(state: Any, mesh: Mesh) -> Any:
 
 
 def most_nbytes(tree: Any) -> int:
-    """Bytes of the device that has most."""
+    """Bytes on the device that holds the most."""
     held: dict[Any, int] = {}
     for array in jax.tree.leaves(tree):
         for shard in array.addressable_shards:
@@ -107,9 +107,9 @@ def main(
     weights = sum(leaf.size for leaf in jax.tree.leaves(state))
     print(f"1. A transformer of {weights:,} weights on {mesh.size} devices: {most_nbytes(state):,} bytes on each.")
 
-    packed = btc_jax.btc_quantize(state, bits=bits, progress=True)  # "layers" in the metadata says what is stacked
+    packed = btc_jax.btc_quantize(state, bits=bits, progress=True)  # "layers" in the metadata marks the stacked axis
     total = btc_jax.btc_metrics(state, packed).total
-    print(f"2. Packed where it lies, {total.effective_bits:.2f} bits a weight: {most_nbytes(packed):,} bytes on each.")
+    print(f"2. Packed in place, {total.effective_bits:.2f} bits per weight: {most_nbytes(packed):,} bytes on each.")
 
     def apply(state: Any, ids: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(ids)
@@ -131,7 +131,7 @@ def main(
 
 
 def _on(mesh: Mesh, array: jax.Array) -> jax.ShapeDtypeStruct:
-    """An array on another mesh with axes of the same names."""
+    """The array's shape and dtype, on another mesh with the same axis names."""
     assert isinstance(array.sharding, NamedSharding)
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, array.sharding.spec))
 

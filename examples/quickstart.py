@@ -1,4 +1,4 @@
-"""Trains a small network on handwritten digits, makes it about 6 times smaller, and shows what that cost.
+"""Train a small network on handwritten digits, make it about 6 times smaller, and show what that costs.
 
 Run `python -m examples.quickstart`; `--help` lists the options. It needs `pip install btc_jax[examples]`, no download,
 and less than a minute on two cores.
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 BLOCK_SIZES = (32, 64, 128, 256)
 BUDGETS = (4.5, 3.5)
-"""Effective bits per weight that the multilevel codec is given."""
+"""Budgets of effective bits per weight for the multilevel codec."""
 BATCH_SIZE = 64
 BASELINES = {"uniform8": btc_jax.uniform8(), "percentile8": btc_jax.percentile8(), "absmax4": btc_jax.absmax4()}
 TITLE = "BTC by block size, multilevel by bits, others (bits per weight; bytes of all)"
@@ -45,7 +45,7 @@ def pooled(x: jax.Array) -> jax.Array:
 
 
 def linen_network(seed: int) -> tuple[Apply, PyTree]:
-    """A Linen model is its `apply` and a dict of parameters."""
+    """In Linen, a model is its `apply` and a dict of parameters."""
     convolutions = [linen.Conv(32, (3, 3)), linen.relu, linen.Conv(64, (3, 3)), linen.relu, pooled]
     model = linen.Sequential([*convolutions, linen.Dense(128), linen.relu, linen.Dense(10)])
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 1)))["params"]
@@ -53,7 +53,7 @@ def linen_network(seed: int) -> tuple[Apply, PyTree]:
 
 
 def nnx_network(seed: int) -> tuple[Apply, PyTree]:
-    """The same network in NNX, which splits into a static graph and a state of parameters."""
+    """The same network in NNX, split into a static graph and a state of parameters."""
     rngs = nnx.Rngs(seed)
     convolutions = [nnx.Conv(1, 32, (3, 3), rngs=rngs), nnx.relu, nnx.Conv(32, 64, (3, 3), rngs=rngs), nnx.relu, pooled]
     dense = [nnx.Linear(4 * 4 * 64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 10, rngs=rngs)]
@@ -75,14 +75,14 @@ CODECS: dict[CodecName, Callable[..., Codec]] = {CodecName.UNIFORM: Uniform}
 
 
 class Digits(NamedTuple):
-    """Images `[n, 8, 8, 1]` from 0 to 1, and the digit that each shows."""
+    """Images `[n, 8, 8, 1]` with values from 0 to 1, and the digit that each shows."""
 
     images: np.ndarray
     labels: np.ndarray
 
 
 def split_digits(seed: int) -> tuple[Digits, Digits]:
-    """Two thirds to train on, and one third held out, with as many of each digit."""
+    """Two thirds for training and one third held out, stratified by digit."""
     pixels, digits = map(np.asarray, load_digits(return_X_y=True))
     images, labels = (pixels / 16).astype(np.float32).reshape(-1, 8, 8, 1), digits.astype(np.int32)
     parts = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=seed)
@@ -91,7 +91,7 @@ def split_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 def train(apply: Apply, params: PyTree, digits: Digits, epochs: int, seed: int) -> PyTree:
-    """Gradient descent with momentum on shuffled batches; nothing here knows of compression."""
+    """Gradient descent with momentum on shuffled batches; nothing here depends on compression."""
     optimizer = optax.sgd(0.05, momentum=0.9)
     state = optimizer.init(params)
 
@@ -109,7 +109,7 @@ def train(apply: Apply, params: PyTree, digits: Digits, epochs: int, seed: int) 
 
 
 def shuffled_batches(examples: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
-    """Indices of full batches, so that one compiled step fits all; with a bar on a terminal."""
+    """Indices of full batches, so that one compiled step fits all; shows a progress bar on a terminal."""
     terminal = Console(stderr=True)
     generator = np.random.default_rng(seed)
     full = examples - examples % BATCH_SIZE
@@ -118,7 +118,7 @@ def shuffled_batches(examples: int, epochs: int, seed: int) -> Iterator[np.ndarr
 
 
 class Exam(NamedTuple):
-    """The unmodified model on the held-out digits, with whatever tree of parameters it is given."""
+    """The unmodified model on the held-out digits, with any tree of parameters."""
 
     apply: Apply
     digits: Digits
@@ -137,7 +137,7 @@ class Exam(NamedTuple):
 
 
 def compare(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> Iterator[Row]:
-    """A row for the float parameters, one a block size, one a budget, and one for each of the other quantizers."""
+    """A row for the float parameters, and one for each block size, budget and baseline quantizer."""
     reference = exam.logits(params)
     bits = {"rmse": 0.0, "payload": 32.0, "header": 0.0, "effective": 32.0, "bytes": nbytes(params)}
     yield {"name": "float32"} | exam.figures(params, reference) | bits
@@ -166,17 +166,17 @@ def nbytes(params: PyTree) -> int:
 
 
 def search(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> PyTree:
-    """The tree with the largest blocks that hold, or else the one with blocks of 64."""
+    """The tree with the largest blocks within the limits, or else the one with blocks of 64."""
     result = btc_jax.btc_search(params, exam.accuracy, codec=codec(), block_sizes=BLOCK_SIZES)
     console.print(result)
     if result.tree is not None:
         return result.tree
-    console.print("No block size holds to the limits; blocks of 64 are saved all the same.")
+    console.print("No block size is within the limits; blocks of 64 are saved anyway.")
     return btc_jax.btc_quantize(params, codec(block_size=64))
 
 
 def save_and_check(exam: Exam, params: PyTree, tree: PyTree, path: Path) -> bool:
-    """Whether the model answers the same from a file."""
+    """Save the tree; return whether the model gives the same logits when it is loaded again."""
     size, before = btc_jax.save(path, tree), nbytes(params)
     console.print(f"5. Saved in {size:,} bytes: {before / size:.2f} times less than {before:,} of float32 parameters.")
     same = np.array_equal(exam.logits(tree), exam.logits(btc_jax.load(path)))
@@ -185,7 +185,7 @@ def save_and_check(exam: Exam, params: PyTree, tree: PyTree, path: Path) -> bool
 
 
 def run(model: ModelName, codec: Callable[..., Codec], seed: int, epochs: int, output: Path | None) -> bool:
-    """All steps; whether the saved network answers the same."""
+    """Run all steps; return whether the saved network gives the same logits."""
     digits, held_out = split_digits(seed)
     tests = len(held_out.labels)
     console.print(
@@ -206,7 +206,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 def checked_codec(name: CodecName, **fields: Any) -> Callable[..., Codec]:
-    """The codec, still without a block size; its fields are looked at before the training."""
+    """The codec, still without a block size; its fields are checked before training."""
     make = functools.partial(CODECS[name], **fields)
     try:
         make()
@@ -216,7 +216,7 @@ def checked_codec(name: CodecName, **fields: Any) -> Callable[..., Codec]:
 
 
 def in_a_folder(path: Path | None) -> Path | None:
-    """A missing folder is reported before the training, not after it."""
+    """Report a missing folder before training, not after it."""
     if path and not path.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.parent}")
     return path
@@ -228,14 +228,14 @@ def main(
     codec: Annotated[CodecName, typer.Option(help="Codec of the blocks.")] = CodecName.UNIFORM,
     low_bits: Annotated[int, typer.Option(help="Bits per weight of a smooth block.")] = Uniform.low_bits,
     high_bits: Annotated[int, typer.Option(help="Bits per weight of any other.")] = Uniform.high_bits,
-    threshold: Annotated[float, typer.Option(help="Smooth is a standard deviation below this.")] = 0.05,
+    threshold: Annotated[float, typer.Option(help="A block with a standard deviation below this is smooth.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of split, weights and batches.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, callback=in_a_folder, help="Keep the file here.")
     ] = None,
 ) -> None:
-    """Trains a small network on handwritten digits, compresses it, and shows what that saved and cost."""
+    """Train a small network on handwritten digits, compress it, and show what that saves and costs."""
     make = checked_codec(codec, low_bits=low_bits, high_bits=high_bits, threshold=threshold)
     if not run(model, make, seed, epochs, output):
         raise typer.Exit(1)

@@ -60,7 +60,7 @@ def test_the_whole_command_and_going_on_after_an_interrupt(small, tmp_path, monk
         patch.setitem(methods.METHODS, "uniform8", interrupted)
         stopped = run(small)
     assert stopped.exit_code == 130
-    assert "goes on where it stopped" in stopped.output
+    assert "resumes where it stopped" in stopped.output
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rows").iterdir()}
     assert sum(path.suffix == ".json" for path in before) == 2  # float32 and BTC
 

@@ -90,18 +90,18 @@ def write(path, content):
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("test_batch.bin", lambda: b"\1" * 3000, "3,000 bytes are no whole records of 3,073; it is truncated"),
-        ("test_batch", lambda: pickle.dumps({b"data": PLANES, b"labels": LABELS})[:400], "no pickle of plain arrays"),
+        ("test_batch.bin", lambda: b"\1" * 3000, "3,000 bytes are not a multiple of the record size 3,073"),
+        ("test_batch", lambda: pickle.dumps({b"data": PLANES, b"labels": LABELS})[:400], "not a pickle of plain"),
         (
             "test_batch",
             lambda: pickle.dumps({b"data": PLANES, b"fine_labels": LABELS}),
             r"is it cifar100 \(--cifar100\)",
         ),
-        ("test_batch", lambda: pickle.dumps([1, 2]), "no batch of CIFAR"),
+        ("test_batch", lambda: pickle.dumps([1, 2]), "not a CIFAR batch"),
         (
             "test_batch",
             lambda: pickle.dumps({b"data": PLANES[:, :7], b"labels": LABELS}),
-            r"uint8\[n, 3072\] is needed",
+            r"uint8\[n, 3072\] is required",
         ),
         (
             "test_batch",
@@ -131,13 +131,13 @@ def test_wrong_npz_files_and_folders(tmp_path):
     np.savez(tmp_path / "a.npz", pictures=IMAGES)
     with pytest.raises(ValueError, match=r"it has no array 'images', but \['pictures'\]"):
         load_cifar(tmp_path / "a.npz", "cifar10")
-    with pytest.raises(ValueError, match=r"no .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"not an .npz file of plain arrays"):
         load_cifar(write(tmp_path / "b.npz", b"not a zip"), "cifar10")
     np.savez(tmp_path / "c.npz", images=np.array([{}], object), labels=np.zeros(1))
-    with pytest.raises(ValueError, match=r"no .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"not an .npz file of plain arrays"):
         load_cifar(tmp_path / "c.npz", "cifar10")
     whole = (tmp_path / "a.npz").read_bytes()
-    with pytest.raises(ValueError, match=r"no .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"not an .npz file of plain arrays"):
         load_cifar(write(tmp_path / "d.npz", whole[: len(whole) // 2]), "cifar10")
     np.savez(tmp_path / "e.npz", images=IMAGES.astype(np.float32), labels=np.array(LABELS))
     with pytest.raises(ValueError, match=r"images are float32\[5, 32, 32, 3\]; uint8"):
@@ -165,7 +165,7 @@ class Evil:
     ],
 )
 def test_pickles_call_nothing(tmp_path, content):
-    with pytest.raises(ValueError, match=r"no pickle of plain arrays"):
+    with pytest.raises(ValueError, match=r"not a pickle of plain arrays"):
         load_pickle(write(tmp_path / "evil", content))
 
 
@@ -225,7 +225,7 @@ def test_wrong_imagenet_folders(tmp_path):
     with pytest.raises(ValueError, match=r"has 1 class folders; 1000 are needed"):
         load_imagenet(tmp_path)
     for content in (b"no image", (tmp_path / "n01" / "a.JPEG").read_bytes()[:200]):
-        with pytest.raises(ValueError, match=r"no image that can be read"):
+        with pytest.raises(ValueError, match=r"not a readable image"):
             read_image(write(tmp_path / "bad.JPEG", content))
 
 
@@ -271,7 +271,7 @@ def test_csv(tmp_path):
         ("a,b\n", "has no rows"),
         ("a,b\n1,2\n3\n", "line 3: 1 fields; the header has 2"),
         ("a,b\n1,2\n", "has no column 'y', but a, b"),
-        ("y\n1\n2\n", "has no column beside 'y'"),
+        ("y\n1\n2\n", "has no column besides 'y'"),
         ("a,y\n1,0\n2,0\n3,0\n", "needs two classes or more, and 3 rows"),
         ("a,y\n" + "".join(f"{i},{i}\n" for i in range(9)), "needs two classes or more, and 3 rows"),
     ],
@@ -302,5 +302,5 @@ def test_tables_of_npz_files(tmp_path):
 def test_plain_bytes_are_no_npz(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, IMAGES)
-    with pytest.raises(ValueError, match=r"no .npz file of plain arrays"):
+    with pytest.raises(ValueError, match=r"not an .npz file of plain arrays"):
         load_cifar(write(tmp_path / "only.npz", buffer.getvalue()), "cifar10")

@@ -182,7 +182,7 @@ def test_without_torch_one_line_says_what_to_do(tmp_path, source, monkeypatch, f
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     folder = tmp_path if fetch else tmp_path / "published"
     with pytest.raises(
-        WeightsMissing, match=r"is read by PyTorch, which is not installed: `pip install torch`, or give copy"
+        WeightsMissing, match=r"needs PyTorch, which is not installed: `pip install torch`, or give copy"
     ):
         load_weights(NETWORK, [folder], download=fetch, cache=tmp_path / "cache")
 
@@ -238,7 +238,7 @@ def serving(content: bytes, promised: int):
 
 def test_a_download_that_is_cut_short_is_refused(tmp_path):
     with serving(b"half", 1000) as address:
-        with pytest.raises((ValueError, WeightsMissing), match=r"net\.th.*(4 of 1,000 bytes came|IncompleteRead)"):
+        with pytest.raises((ValueError, WeightsMissing), match=r"net\.th.*(4 of 1,000 bytes arrived|IncompleteRead)"):
             download(Source(f"{address}net.th"), tmp_path, progress=False)
         assert list(tmp_path.iterdir()) == []
 
@@ -281,16 +281,16 @@ def test_torch_files_that_are_no_checkpoints_are_refused(tmp_path):
     path = tmp_path / "net.pt"
     torch.save({"weight": torch.zeros(10_000)}, path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"net\.pt is no PyTorch checkpoint, or it is truncated \(\w+.*\); delete it"):
+    with pytest.raises(ValueError, match=r"net\.pt is not a PyTorch checkpoint, or it is truncated \(\w+.*\); delete"):
         read_state(path)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match=r"net\.pt holds no state dict but list; save `model\.state_dict\(\)`"):
+    with pytest.raises(ValueError, match=r"net\.pt holds a list instead of a state dict; save `model\.state_dict\(\)`"):
         read_state(path)
     torch.save({"weight": torch.zeros(2, dtype=torch.bfloat16)}, path)
     with pytest.raises(ValueError, match=r"net\.pt: weight is bfloat16; save"):
         read_state(path)
     Path(path).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"net\.pt is no PyTorch checkpoint"):
+    with pytest.raises(ValueError, match=r"net\.pt is not a PyTorch checkpoint"):
         read_state(path)
 
 
@@ -309,6 +309,6 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
             return Path.touch, (tmp_path / "touched",)
 
     torch.save({"state_dict": Evil()}, tmp_path / "net.th")
-    with pytest.raises(ValueError, match=r"net\.th is no PyTorch checkpoint"):
+    with pytest.raises(ValueError, match=r"net\.th is not a PyTorch checkpoint"):
         read_state(tmp_path / "net.th")
     assert not (tmp_path / "touched").exists()

@@ -1,7 +1,7 @@
-"""Reproduces the tables and figures of the paper's section 3 with what is at hand, and says what it could not run.
+"""Reproduce the tables and figures of the paper's section 3 with the files available, and list what could not be run.
 
-Run `python -m examples.paper`; `--help` lists the options. It needs `pip install btc_jax[examples]`. What was finished
-is kept in the output folder: after an interrupt, the same command goes on where it was.
+Run `python -m examples.paper`; `--help` lists the options. It needs `pip install btc_jax[examples]`. Finished rows are
+kept in the output folder: after an interrupt, the same command resumes.
 """
 
 import sys
@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, a line for each tenth of the work elsewhere."""
+    """A progress bar on a terminal; elsewhere, a line for each tenth of the work."""
     console = Console(stderr=True, markup=False, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -42,7 +42,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def run(options: Options) -> None:
-    """All of it; raises what is wrong with files."""
+    """Compute, draw, write and print everything; errors in files are raised."""
     start = time.perf_counter()
     with progress() as show:
         results, store = evaluate(options, show)
@@ -65,13 +65,13 @@ def main(
     csv: Annotated[Path | None, typer.Option(help="Rows for one more MLP, with a header.")] = None,
     target: Annotated[str, typer.Option(help="Column of the CSV file that holds the classes.")] = "",
     images: Annotated[
-        int, typer.Option(min=0, help="Compare answers on so many JPEG images; of ImageNet take so many in all.")
+        int, typer.Option(min=0, help="Compare answers on this many JPEG images; of ImageNet, use this many in total.")
     ] = 0,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the weights that are missing.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download missing weights.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A trial: the smallest networks on 64 images.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the MLPs.")] = 0,
 ) -> None:
-    """Reproduces the tables and figures of the paper with what is at hand, and says what it could not run."""
+    """Reproduce the tables and figures of the paper with the files available, and list what could not be run."""
     if bool(csv) != bool(target):
         raise typer.BadParameter("--csv and --target go together")
     options = Options(
@@ -80,7 +80,7 @@ def main(
     try:
         run(options)
     except KeyboardInterrupt:
-        typer.echo("paper: interrupted; the same command goes on where it stopped", err=True)
+        typer.echo("paper: interrupted; the same command resumes where it stopped", err=True)
         raise typer.Exit(130) from None
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"paper: {' '.join(str(error).split())}", err=True)

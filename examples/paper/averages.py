@@ -1,7 +1,7 @@
-"""What the paper's column of bits is an average of: it says payload over layers, and some reading must give it.
+"""What the paper's column of bits averages: it says payload over layers, which can be interpreted in several ways.
 
-A reading is which layers are taken, what is averaged over, and how large the blocks are. All are computed and ranked by
-their largest difference from Table 2 over the networks at hand.
+An interpretation (a "reading") fixes which layers are included, what is averaged over, and how large the blocks are.
+All are computed and ranked by their largest difference from Table 2 over the networks available.
 """
 
 import math
@@ -77,7 +77,7 @@ def read(layers: dict[str, Layers], taken: str, mean: str, blocks: str) -> tuple
 
 
 def searched_block(layers: dict[str, Layers]) -> str:
-    """The block size where the paper's search stops, by the error alone."""
+    """The block size at which the paper's search stops, judged by the error alone."""
     held = list(layers)[:1]
     for size, rows in layers.items():
         if over_weights(rows)[1] > MAX_RMSE:
@@ -87,7 +87,7 @@ def searched_block(layers: dict[str, Layers]) -> str:
 
 
 def _largest_that_holds(same: tuple[Row, ...]) -> Row:
-    """One layer at its largest block size before its own error breaks the paper's limit."""
+    """One layer at its largest block size before its own error exceeds the paper's limit."""
     held = same[0]
     for layer in same:
         if layer["rmse"] > MAX_RMSE:
@@ -97,11 +97,11 @@ def _largest_that_holds(same: tuple[Row, ...]) -> Row:
 
 
 def ranked(networks: dict[str, dict[str, Layers]], paper: dict[str, Row]) -> list[Row]:
-    """Readings from the best fit to the worst: figures of each network, and the largest difference in bits.
+    """Readings from the best fit to the worst: the figures of each network, and the largest difference in bits.
 
     Args:
         networks: layers by block of each network, by name.
-        paper: the paper's row of each.
+        paper: the paper's row for each.
     """
     rows = []
     for reading in readings():

@@ -1,4 +1,4 @@
-"""Table 1 in numbers, and Table 5: what the quantizers cost in time and memory, and what a block stores."""
+"""Table 1 in numbers, and Table 5: the time and memory of each quantizer, and what a block stores."""
 
 import statistics
 import time
@@ -29,7 +29,7 @@ def leaf(seed: int = 0) -> np.ndarray:
 
 
 def complexity() -> list[Row]:
-    """Time as a multiple of copying the weights in memory, and memory, of each quantizer on one leaf."""
+    """Time of each quantizer on one leaf, as a multiple of copying the weights in memory, and its peak memory."""
     array = leaf()
     weights, copy = jnp.asarray(array), np.empty_like(array)
     calls = {"copy in memory": lambda: np.copyto(copy, array)}
@@ -67,13 +67,13 @@ def _btc(weights: jax.Array, codec: Uniform) -> tuple[Callable[[], Any], Row]:
 
 
 def _peak(function: Callable[..., Any], weights: jax.Array) -> float:
-    """Memory beyond the weights, result included, over their size: the compiled program's own account."""
+    """Memory beyond the weights, result included, relative to their size, as reported by the compiled program."""
     sizes: Any = jax.jit(function).lower(weights).compile().memory_analysis()
     return (sizes.output_size_in_bytes + sizes.temp_size_in_bytes) / weights.nbytes
 
 
 def _medians(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each call, in turn round after round; the first round compiles."""
+    """Median seconds of each call; the calls take turns in each round, and the first round compiles."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS + 1):
         for name, call in calls.items():
@@ -89,7 +89,7 @@ def storage_breakdown() -> list[Row]:
 
 
 def _stored(size: int, bits: int) -> Row:
-    # Not 0 and not infinite: then the codec has but one width, and stores no bit for it.
+    # Not 0 or infinite: the codec would then have a single width, and store no bit for it.
     codec = Uniform(size, threshold=1e9 if bits == Uniform.low_bits else 1e-9)
     blocks = 64  # a multiple of 8, so that the bits of their widths fill bytes
     weights = np.random.default_rng(0).standard_normal((size, blocks), np.float32)

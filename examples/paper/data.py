@@ -1,7 +1,7 @@
-"""Labelled images and numbers to judge a network on: CIFAR in all its files; `imagenet` and `tabular` have the others.
+"""Labelled examples to evaluate a network on: CIFAR in all its file layouts; `imagenet` and `tabular` have the others.
 
-The files of CIFAR come in three layouts: python batches (pickles), binary batches, and `.npz` with `images` and
-`labels`. Each is found in its folder, in the folder above, or named itself.
+CIFAR files come in three layouts: Python batches (pickles), binary batches, and `.npz` with `images` and `labels`. Each
+can be given by its own path, its folder, or the folder above.
 """
 
 import dataclasses
@@ -26,11 +26,12 @@ _FILES = {"cifar10": ("test_batch", "test_batch.bin", "test.npz"), "cifar100": (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-    """Examples and the right class of each.
+    """Examples and the correct class of each.
 
     Attributes:
-        name: what tables call the set, with the number of examples.
-        inputs: examples along the first axis: uint8 images, float rows, or what gives such for an index array.
+        name: the name of the set in tables, with the number of examples.
+        inputs: examples along the first axis: uint8 images, float rows, or an object that returns them for an
+            index array.
         labels: integers.
         classes: number of classes.
     """
@@ -44,13 +45,13 @@ class Labelled:
         return len(self.labels)
 
     def first(self, count: int) -> "Labelled":
-        """The first so many examples; all of them where there are no more."""
+        """The first `count` examples, or all of them if there are fewer."""
         if count >= len(self):
             return self
         return Labelled(f"{count:,} of {self.name}", self.inputs[np.arange(count)], self.labels[:count], self.classes)
 
     def digest(self) -> str:
-        """A checksum of all examples, or of what stands for them."""
+        """A checksum of all examples, or the one that their source provides."""
         own = getattr(self.inputs, "digest", None)
         inputs = own() if own else hashlib.sha256(np.ascontiguousarray(self.inputs).tobytes()).hexdigest()
         return hashlib.sha256(inputs.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
@@ -60,16 +61,16 @@ def load_cifar(path: Path, dataset: str) -> Labelled:
     """The test images of CIFAR-10 or CIFAR-100, in any layout.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: the layout is another, the file is damaged, or the classes do not fit.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if the layout is unknown, the file is damaged, or the classes do not fit.
     """
     return _checked(_read(_test_file(path, dataset), dataset), dataset, path)
 
 
 def local_cifar10(folder: Path, jpeg_images: int = 0) -> tuple[Labelled, Labelled] | None:
-    """The first 932 exact images, where a folder has them, to count right answers on and to compare answers on.
+    """The first 932 exact images, if a folder has them, to measure accuracy on and to compare answers on.
 
-    With `jpeg_images`, answers are compared on so many of the JPEG versions instead.
+    With `jpeg_images`, answers are compared on that many of the JPEG versions instead.
     """
     exact, jpeg = folder / "cifar10_test_932.npz", folder / "cifar10_test_jpeg.npz"
     if not exact.is_file():
@@ -111,7 +112,7 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
     """Arrays of an `.npz` file by name, never objects.
 
     Raises:
-        ValueError: the file is damaged or lacks one of them.
+        ValueError: if the file is damaged or lacks one of them.
     """
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
@@ -121,9 +122,9 @@ def read_arrays(file: Path, names: Sequence[str]) -> list[np.ndarray]:
     except OSError as error:
         if error.errno:
             raise
-        raise ValueError(f"{file}: no .npz file of plain arrays ({error})") from error
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise ValueError(f"{file}: no .npz file of plain arrays ({error})") from error
+        raise ValueError(f"{file}: not an .npz file of plain arrays ({error})") from error
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise ValueError(f"{file}: not an .npz file of plain arrays ({error})") from error
 
 
 def _read_binary(file: Path, dataset: str) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +133,7 @@ def _read_binary(file: Path, dataset: str) -> tuple[np.ndarray, np.ndarray]:
     data = np.fromfile(file, np.uint8)
     if not data.size or data.size % (labels + PIXELS):
         raise ValueError(
-            f"{file}: {data.size:,} bytes are no whole records of {labels + PIXELS:,}; "
+            f"{file}: {data.size:,} bytes are not a multiple of the record size {labels + PIXELS:,}; "
             f"it is truncated, or not {dataset}"
         )
     records = data.reshape(-1, labels + PIXELS)
@@ -142,13 +143,13 @@ def _read_binary(file: Path, dataset: str) -> tuple[np.ndarray, np.ndarray]:
 def _read_python(file: Path, dataset: str) -> tuple[np.ndarray, np.ndarray]:
     batch, key = load_pickle(file), b"fine_labels" if dataset == "cifar100" else b"labels"
     if not isinstance(batch, dict) or b"data" not in batch:
-        raise ValueError(f"{file}: no batch of CIFAR (a dict with data and labels)")
+        raise ValueError(f"{file}: not a CIFAR batch (a dict with data and labels)")
     if key not in batch:
         other = "cifar100" if b"fine_labels" in batch else "cifar10"
         raise ValueError(f"{file}: it has no {key.decode()}; is it {other} (--{other})?")
     data = np.asarray(batch[b"data"])
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != PIXELS:
-        raise ValueError(f"{file}: data is {data.dtype}{list(data.shape)}; uint8[n, {PIXELS}] is needed")
+        raise ValueError(f"{file}: data is {data.dtype}{list(data.shape)}; uint8[n, {PIXELS}] is required")
     return _from_planes(data), np.asarray(batch[key])
 
 
@@ -160,14 +161,14 @@ def _checked(pair: tuple[np.ndarray, np.ndarray], dataset: str, path: Path) -> L
     images, labels = pair
     classes = CLASSES[dataset]
     if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3) or not len(images):
-        raise ValueError(f"{path}: images are {images.dtype}{list(images.shape)}; uint8[n, 32, 32, 3] is needed")
+        raise ValueError(f"{path}: images are {images.dtype}{list(images.shape)}; uint8[n, 32, 32, 3] is required")
     check_labels(labels, len(images), classes, f"{path}: {dataset}")
     title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[dataset]
     return Labelled(f"{len(images):,} {title} test images", images, labels.astype(np.int32), classes)
 
 
 def check_labels(labels: np.ndarray, examples: int, classes: int, where: str) -> None:
-    """Raises `ValueError` where labels do not fit the examples or the classes."""
+    """Raise `ValueError` if the labels do not fit the examples or the classes."""
     if labels.shape != (examples,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{where}: {examples} examples have labels {labels.dtype}{list(labels.shape)}")
     if labels.min() < 0 or labels.max() >= classes:

@@ -1,7 +1,7 @@
-"""A model on labelled examples, with whatever weights it is given.
+"""Evaluation of a model on labelled examples, with any weights.
 
-Two sets can differ: accuracy is counted on examples that are exact, answers are compared on more of them. Where only a
-few exact CIFAR-10 images are at hand, the many JPEG versions tell how far answers moved, but not how right they are.
+The two sets can differ: accuracy is measured on exact examples, answers are compared on more of them. If only a few
+exact CIFAR-10 images are available, the many JPEG versions show how far answers moved, but not how accurate they are.
 """
 
 import dataclasses
@@ -23,22 +23,21 @@ PyTree = Any
 Apply = Callable[[PyTree, Any], jax.Array]
 BATCH = 128
 KEPT = 12
-"""Sets of answers kept in memory: for a sweep over one network, of ImageNet 200 MB each."""
+"""Sets of answers kept in memory, for a sweep over one network; those for ImageNet take 200 MB each."""
 
 
 @dataclasses.dataclass(eq=False)
 class Exam:
-    """The answers of a model to two sets of examples.
+    """The answers of a model on two sets of examples.
 
     Attributes:
         apply: `apply(params, inputs) -> logits`.
-        params: the float weights, whose answers the others are compared with.
+        params: the float weights; the answers of all others are compared with theirs.
         example: one input, `[1, ...]`.
-        known: the examples that accuracy and loss are counted on; `None` where there are none: then only bits and
-            errors can be measured.
+        known: the examples for accuracy and loss; `None` if there are none: then only bits and errors can be measured.
         compared: the examples that answers are compared on; may be `known` itself.
-        identity: what else the answers depend on, such as the architecture and the statistics of its batch norms.
-        store: where the float answers are kept, so that a run that goes on need not compute them again.
+        identity: everything else that the answers depend on, such as the architecture and its batch norm statistics.
+        store: where the float answers are kept, so that a resumed run does not compute them again.
     """
 
     apply: Apply
@@ -56,19 +55,19 @@ class Exam:
         return merge(self.params)
 
     def digests(self) -> dict[str, str]:
-        """Checksums of all that the answers depend on."""
+        """Checksums of everything that the answers depend on."""
         sets = {"known": self.known, "compared": self.compared}
         examples = {name: f"{one.name} {one.digest()}" if one else "" for name, one in sets.items()}
         return {"weights": tree_digest(self.params), "identity": self.identity} | examples
 
     def accuracy(self, tree: PyTree) -> float:
-        """Share of right answers, 0 to 1."""
+        """Share of correct answers, 0 to 1."""
         assert self.known is not None
         return float(np.mean(self.logits(tree, self.known).argmax(1) == self.known.labels))
 
     def logits(self, tree: PyTree, examples: Labelled) -> np.ndarray:
         """Answers with a dense or packed tree; each pair of weights and examples is computed once."""
-        dense = btc_jax.btc_dequantize(tree)  # of one shape whatever the codec, so that one compiled model does for all
+        dense = btc_jax.btc_dequantize(tree)  # the same shape for every codec, so that one compiled model serves all
         key = (tree_digest(dense), examples.digest())
         if key not in self._logits:
             if len(self._logits) == KEPT:
@@ -85,7 +84,7 @@ class Exam:
         return self.store.array("float answers", {"identity": self.identity, "key": key}, compute)
 
     def figures(self, tree: PyTree) -> dict[str, Any]:
-        """Accuracy with its standard error, loss, and agreement and divergence from the float answers."""
+        """Accuracy with its standard error, loss, and agreement with and divergence from the float answers."""
         if self.known is None or self.compared is None:
             return {}
         known = evaluate_logits(self.logits(tree, self.known), self.known.labels, None, 5)

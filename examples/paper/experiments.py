@@ -1,4 +1,4 @@
-"""What the paper shows in figures or says in words: configurations, block sizes, thresholds, wide blocks by layer."""
+"""What the paper shows in figures or in words: configurations, block sizes, thresholds, wide blocks by layer."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ CONFIGURATIONS = tuple(Uniform(size, threshold=t) for size in BLOCK_SIZES for t 
 
 
 def configurations(exam: Exam) -> dict[str, list[Row]]:
-    """BTC step by step, and the two that stay where they are."""
+    """BTC step by step, and the two fixed references."""
     fixed = [{"method": name} | _costs(exam, name) for name in ("float32", "uniform8")]
     return {"steps": [_row(exam, codec) for codec in CONFIGURATIONS], "fixed": fixed}
 
@@ -38,7 +38,7 @@ def block_sizes(exam: Exam) -> list[Row]:
 
 
 def thresholds(exam: Exam, answers: bool = True) -> list[Row]:
-    """Blocks of 64 at each threshold; without `answers` only bits and error, which need no run of the network."""
+    """Blocks of 64 at each threshold; without `answers`, only bits and error, which do not run the network."""
     return [_row(exam, Uniform(threshold=threshold), answers) for threshold in THRESHOLDS]
 
 
@@ -69,15 +69,15 @@ def layer_order(exam: Exam) -> list[str]:
     with linen.intercept_methods(record):
         jax.eval_shape(
             lambda params: exam.apply(params, exam.example), exam.params
-        )  # new: none traced before is reused
+        )  # a new function, so that no earlier trace is reused
     kernels = dict_of(exam.params)
     return [path for path in dict.fromkeys(used) if path in kernels]
 
 
 def shares(layers: list[Row]) -> Row:
-    """Mean share of wide blocks of the first layer, of those between, and of the last: what section 3.1 speaks of.
+    """Mean share of wide blocks in the first, middle and last layers, which section 3.1 describes.
 
-    "Early" may mean more than one layer, so the first three are given as well.
+    "Early" may mean more than one layer, so the first three are included too.
     """
     wide = [layer["wide"] for layer in layers]
     middle = float(np.mean(wide[1:-1])) if len(wide) > 2 else None
@@ -85,7 +85,7 @@ def shares(layers: list[Row]) -> Row:
 
 
 def histogram(exam: Exam) -> dict[str, Any]:
-    """Figure 1: how often each weight of the layer in the middle occurs, as it was and after each quantizer."""
+    """Figure 1: histograms of the weights of the middle layer, original and after each quantizer."""
     convolutions = [path for path in layer_order(exam) if np.ndim(_leaf(exam.params, path)) == 4]
     path = convolutions[len(convolutions) // 2]
     trees = {"float32": exam.params, "BTC": swept(exam, Uniform()).tree}

@@ -1,7 +1,7 @@
-"""The validation images of ImageNet from a folder, decoded when they are asked for, as torchvision prepares them.
+"""ImageNet's validation images from a folder, decoded on demand and preprocessed as in torchvision.
 
-Either a folder for each class (`n01440764/*.JPEG`; the sorted names give the numbers), or all images in one folder with
-a text file of labels beside them: `NAME NUMBER` lines, numbers from 0 in that same order.
+Either one folder for each class (`n01440764/*.JPEG`; the sorted names give the numbers), or all images in one folder
+alongside a text file of labels: `NAME NUMBER` lines, numbers from 0 in the same order.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _SUFFIXES = {".jpeg", ".jpg", ".png"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files that look like an array `[n, 224, 224, 3]`: indexed with numbers, they are read and cropped."""
+    """Image files that behave like an array `[n, 224, 224, 3]`: indexing reads and crops them."""
 
     paths: tuple[Path, ...]
 
@@ -38,26 +38,26 @@ class ImageFiles:
             return np.stack(list(pool.map(lambda row: read_image(self.paths[row]), np.atleast_1d(chosen))))
 
     def digest(self) -> str:
-        """Names, sizes and times: to read 6 GB for a checksum would take longer than many a row."""
+        """A checksum of names, sizes and times: reading 6 GB would take longer than many rows."""
         states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]
         return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Shorter side to 256, the middle 224 x 224 of it, RGB.
+    """Resize the shorter side to 256, crop the central 224 x 224, and convert to RGB.
 
     Raises:
-        ValueError: the file is no image, or a damaged one.
+        ValueError: if the file is not an image, or is damaged.
     """
     try:
         with Image.open(path) as image:
             return np.asarray(_cropped(image.convert("RGB")))
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: no image that can be read ({error}); get the file again") from error
+        raise ValueError(f"{path}: not a readable image ({error}); get the file again") from error
 
 
 def _cropped(image: Image.Image) -> Image.Image:
-    """torchvision's Resize(256) and CenterCrop(224): the longer side rounded down, the corner half to even."""
+    """torchvision's Resize(256) and CenterCrop(224): the longer side rounded down, the corner rounded half to even."""
     width, height = image.size
     scale = (RESIZE, int(RESIZE * height / width)) if width <= height else (int(RESIZE * width / height), RESIZE)
     resized = image.resize(scale, Image.Resampling.BILINEAR)
@@ -66,11 +66,11 @@ def _cropped(image: Image.Image) -> Image.Image:
 
 
 def load_imagenet(folder: Path, images: int = 0, classes: int = CLASSES["imagenet"]) -> Labelled:
-    """The images of a folder; with `images` only so many, spread evenly over it.
+    """The images of a folder; with `images`, only that many, spread evenly over it.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the layout is another, or the classes do not fit.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the layout is unknown, or the classes do not fit.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of ImageNet's validation images")
@@ -105,7 +105,8 @@ def _by_list(folder: Path) -> tuple[list[Path], np.ndarray]:
 
 
 def _labels(file: Path) -> dict[str, int]:
-    """Numbers by file name. A bare list of ILSVRC's own numbers is refused: their order is not that of the names."""
+    """Numbers by file name. A bare list of ILSVRC's own numbers is refused, because their order differs from that of
+    the names."""
     labels: dict[str, int] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not (words := line.split()):

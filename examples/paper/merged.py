@@ -1,9 +1,9 @@
-"""All kernels of a network as a few long arrays, coded in the same blocks, and its figures layer by layer.
+"""All kernels of a network as a few long arrays, coded in the same blocks, with metrics for each layer.
 
-XLA compiles the packing of an array for its shape, and the unpacking for its number of wide blocks: two programs for a
-layer and a codec, and a sweep over a network of 57 layers would do little else. Here each kernel, in the order in which
-its weights run, is cut at the last multiple of 256. The long parts of all kernels follow each other in one array: as
-all block sizes in use divide 256, no block holds weights of two layers. The rests stay arrays of their own.
+XLA compiles packing for each shape, and unpacking for each number of wide blocks: two programs per layer and codec,
+which would dominate a sweep over a network of 57 layers. Here each kernel, flattened in its layout, is cut at the last
+multiple of 256. The long parts of all kernels are concatenated: since all block sizes in use divide 256, no block holds
+weights of two layers. The remainders stay separate arrays.
 """
 
 import math
@@ -25,7 +25,7 @@ LONG = "long"
 
 
 class Merged(NamedTuple):
-    """The kernels of a tree: the long parts one after the other under `LONG`, and each rest under its path."""
+    """The kernels of a tree: the long parts concatenated under `LONG`, and each remainder under its path."""
 
     tree: dict[str, np.ndarray]
     params: PyTree
@@ -49,14 +49,14 @@ def merge(params: PyTree) -> Merged:
 
 
 def merged_policy(codec: Uniform) -> Policy:
-    """Takes all of a merged tree, with blocks that divide `UNIT`."""
+    """A policy that packs all of a merged tree, with blocks that divide `UNIT`."""
     if UNIT % codec.block_size:
         raise ValueError(f"block size {codec.block_size} does not divide {UNIT}, so blocks would cross layers")
     return Policy(codec, names=("*",), min_axes=1, min_size=0, order="stored")
 
 
 def restore(merged: Merged, tree: PyTree) -> PyTree:
-    """The tree of parameters with kernels as `tree`, merged and quantized or not, has them."""
+    """The tree of parameters with the kernels of `tree`, which is merged, and quantized or not."""
     runs = _runs(merged, {name: np.asarray(leaf) for name, leaf in tree.items()})
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: _kernel(merged, runs, keys, leaf), merged.params)
 
@@ -71,7 +71,7 @@ def _kernel(merged: Merged, runs: dict[str, np.ndarray], keys: Any, leaf: Any) -
 
 
 def _runs(merged: Merged, arrays: dict[str, np.ndarray], unit: int = 1) -> dict[str, np.ndarray]:
-    """What belongs to each layer: of arrays with an element for every weight, or for every `unit` weights."""
+    """The part of each layer, from arrays with one element per weight, or per `unit` weights."""
     runs, start = {}, 0
     for path in merged.shapes:
         end = start + merged.long_size(path) // unit
@@ -82,7 +82,7 @@ def _runs(merged: Merged, arrays: dict[str, np.ndarray], unit: int = 1) -> dict[
 
 
 def layer_metrics(merged: Merged, packed: PyTree, codec: Uniform) -> TreeMetrics:
-    """The figures that `btc_metrics` gives for the tree packed layer by layer, from the merged one."""
+    """The metrics that `btc_metrics` returns for the tree packed layer by layer, from the merged one."""
     widths = _runs(merged, {name: np.asarray(leaf.widths) for name, leaf in packed.items()}, codec.block_size)
     before = _runs(merged, merged.tree)
     after = _runs(merged, {name: np.asarray(leaf) for name, leaf in packed.items()})

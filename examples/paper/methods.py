@@ -13,11 +13,11 @@ BLOCK_SIZES = (32, 64, 128, 256)
 MAX_RMSE, MAX_DROP = 3e-3, 2.0
 """The limits of the paper's search (section 3.1)."""
 BUDGET = 4.5
-"""Effective bits that the multilevel codec is given: about what the paper's codec takes."""
+"""Budget of effective bits for the multilevel codec: about what the paper's codec uses."""
 
 
 class Quantized(NamedTuple):
-    """A quantized tree, packed or decoded, its figures (`None` for the float tree), and a remark for the table."""
+    """A quantized tree, packed or decoded, its metrics (`None` for the float tree), and a note for the table."""
 
     tree: PyTree
     metrics: TreeMetrics | None
@@ -25,7 +25,7 @@ class Quantized(NamedTuple):
 
 
 def policy(codec: Codec | None = None) -> Policy:
-    """What the paper takes: the weights of all convolutions and dense layers, of any size."""
+    """What the paper quantizes: the weights of all convolutions and dense layers, of any size."""
     return Policy(codec or Uniform(), names=("kernel",), min_size=0)
 
 
@@ -37,7 +37,7 @@ def quantized(params: PyTree, codec: Codec, **options: Any) -> Quantized:
 
 
 def swept(exam: Exam, codec: Uniform, note: str = "") -> Quantized:
-    """The same weights and figures for the paper's codec, faster: see `merged`."""
+    """The same weights and metrics for the paper's codec, but faster: see `merged`."""
     packed = btc_jax.btc_quantize(exam.merged.tree, policy=merged_policy(codec))
     return Quantized(restore(exam.merged, packed), layer_metrics(exam.merged, packed, codec), note)
 
@@ -47,7 +47,7 @@ def unquantized(params: PyTree, exam: Exam) -> Quantized:
 
 
 def searched(params: PyTree, exam: Exam) -> Quantized:
-    """The paper's choice: the largest blocks that keep to its limits, or the smallest where none does."""
+    """The paper's choice: the largest blocks within its limits, or the smallest if none is."""
     merged, limits = exam.merged, {"block_sizes": BLOCK_SIZES, "max_rmse": MAX_RMSE, "max_drop": MAX_DROP}
     evaluate = (lambda tree: exam.accuracy(restore(merged, tree))) if exam.known else None
     result = btc_jax.btc_search(merged.tree, evaluate, policy=merged_policy(Uniform()), progress=False, **limits)
@@ -60,7 +60,7 @@ def searched(params: PyTree, exam: Exam) -> Quantized:
 
 
 def baseline(kind: Baseline) -> Callable[[PyTree, Exam], Quantized]:
-    """One of the library's other quantizers, decoded at once."""
+    """One of the library's other quantizers, decoded immediately."""
     return lambda params, exam: Quantized(*btc_jax.apply_baseline(params, kind, policy=policy()))
 
 

@@ -1,4 +1,4 @@
-"""The paper's MLP, of which it says no more than that: trained on the spot, on rows of numbers."""
+"""The paper's MLP, which it does not describe further: trained here, on tabular data."""
 
 import functools
 from typing import Any
@@ -17,12 +17,12 @@ PyTree = Any
 HIDDEN = (256, 128)
 BATCH, RATE, DECAY = 128, 1e-3, 1e-4
 STEPS = 4_000
-"""Steps of training at most; and 60 passes over the rows at most."""
+"""At most this many training steps, and at most 60 passes over the rows."""
 EPOCHS = 60
 
 
 def mlp_exam(table: Table, store: Store, seed: int = 0) -> Exam:
-    """A trained MLP and its held-out rows. The weights are stored: an interrupted run does not train again."""
+    """A trained MLP and its held-out rows. The weights are stored, so a resumed run does not train again."""
     model = MLP(hidden=HIDDEN, classes=table.classes)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, table.train.inputs.shape[1])))["params"]
     depends = {"rows": table.train.digest(), "seed": seed}
@@ -37,9 +37,9 @@ def _apply(model: MLP, params: PyTree, inputs: Any) -> jax.Array:
     return model.apply({"params": params}, inputs)  # pyright: ignore[reportReturnType]
 
 
-@jax.numpy_dtype_promotion("standard")  # optax's adam counts its steps in integers, and takes powers of them
+@jax.numpy_dtype_promotion("standard")  # optax's Adam raises numbers to its integer step count
 def train(model: MLP, table: Table, seed: int) -> PyTree:
-    """AdamW with a falling rate on shuffled batches."""
+    """AdamW with a cosine learning rate schedule on shuffled batches."""
     inputs, labels = jnp.asarray(table.train.inputs), jnp.asarray(table.train.labels)
     batch = min(BATCH, len(labels))
     per_epoch = len(labels) // batch
@@ -55,9 +55,9 @@ def train(model: MLP, table: Table, seed: int) -> PyTree:
 
 
 def as_in_pytorch(params: PyTree, seed: int) -> PyTree:
-    """PyTorch's first weights, as the paper had: uniform within 1 / sqrt(inputs), a deviation of 0.58 times Flax's.
+    """PyTorch's initialization, as in the paper: uniform within 1 / sqrt(inputs), with 0.58 times Flax's deviation.
 
-    It matters here: the paper's threshold is in units of the weights, and with Flax's own all blocks are wide.
+    This matters: the paper's threshold is in units of the weights, and with Flax's initialization all blocks are wide.
     """
     generator = np.random.default_rng(seed)
 

@@ -1,4 +1,4 @@
-"""Every network of the paper's tables by name, with what was published of it."""
+"""Every network of the paper's tables by name, with its published size."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ Colour = tuple[float, float, float]
 SIZES = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# The mean and deviation that each network was trained with: of chenyaofo's, as its training logs have them.
+# The mean and deviation that each network was trained with; for chenyaofo's networks, as in its training logs.
 COLOURS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
@@ -29,7 +29,7 @@ COLOURS = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model, the images it wants, and its size as published: `parameters`, and `multiply_adds` of one image."""
+    """A model, the images it expects, and its published size: `parameters`, and `multiply_adds` for one image."""
 
     name: str
     title: str
@@ -56,14 +56,14 @@ class Network:
         return SIZES[self.dataset]
 
     def shapes(self) -> PyTree:
-        """Its variables as shapes."""
+        """The shapes of its variables."""
         return traced(self).shapes
 
     def count_parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()["params"]))
 
     def count_multiply_adds(self) -> int:
-        """Of one image, in the convolutions and dense layers."""
+        """Multiply-adds of the convolutions and dense layers for one image."""
         return traced(self).multiply_adds
 
 
@@ -74,7 +74,7 @@ class Trace(NamedTuple):
 
 @functools.cache
 def traced(network: Network) -> Trace:
-    """What one image does to the model, without computing a number."""
+    """Shapes and multiply-adds of the model on one image, from tracing alone."""
     image = jax.ShapeDtypeStruct((1, network.size, network.size, 3), jnp.float32)
     run = jax.make_jaxpr(network.model.init_with_output, return_shape=True)
     closed, (_, variables) = run(jax.random.key(0), image)
@@ -82,7 +82,7 @@ def traced(network: Network) -> Trace:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All steps of a traced function, also those inside of its nested ones."""
+    """All equations of a traced function, including those of nested functions."""
     for equation in jaxpr.eqns:
         inner = [value.jaxpr for value in equation.params.values() if hasattr(value, "jaxpr")]
         if not inner:
@@ -112,10 +112,10 @@ CHENYAOFO = {
     "mobilenetv2_x0_5": ("MobileNetV2_x0.5", MobileNetV2(0.5), (0.70, 27.97), (0.82, 28.08)),
     "repvgg_a0": ("RepVGG-A0", RepVGG(), (7.84, 489.08), (7.96, 489.19)),
 }
-# Parameters: github.com/akamaster/pytorch_resnet_cifar10, README. It gives no multiply-adds: here are those of the
-# networks above, less the two 1x1 convolutions of 131,072 that option A does without.
+# Parameters: github.com/akamaster/pytorch_resnet_cifar10, README. It gives no multiply-adds: these are those of the
+# networks above, minus the two 1x1 convolutions of 131,072 that option A omits.
 AKAMASTER = {20: (3, 0.27, 40.55), 32: (5, 0.46, 68.86), 44: (7, 0.66, 97.17), 56: (9, 0.85, 125.49)}
-# torchvision's `ResNet*_Weights.IMAGENET1K_V1.meta`: `num_params`, and `_ops` in thousand millions.
+# torchvision's `ResNet*_Weights.IMAGENET1K_V1.meta`: `num_params`, and `_ops` in billions.
 TORCHVISION = {
     18: ((2, 2, 2, 2), False, 11_689_512, 1.814),
     50: ((3, 4, 6, 3), True, 25_557_032, 4.089),

@@ -1,7 +1,7 @@
-"""CIFAR's python batches without the danger of pickle: nothing is called but what makes a plain numpy array.
+"""Safe reading of CIFAR's Python batches: nothing is called except what creates a plain numpy array.
 
 A pickle names the functions that rebuild its objects, and an ordinary `pickle.load` calls whatever it names. Here a
-name stands for one of the few functions below, or the file is refused.
+name must stand for one of the few functions below, or the file is refused.
 """
 
 import pickle
@@ -12,18 +12,18 @@ import numpy as np
 
 
 def load_pickle(path: Path) -> Any:
-    """What a pickle of arrays, bytes, texts, numbers, lists and dicts holds.
+    """The contents of a pickle of arrays, bytes, strings, numbers, lists and dicts.
 
     Raises:
-        ValueError: the file is no such pickle; one line that names it.
+        ValueError: if the file is not such a pickle; the message is one line that names it.
     """
     try:
         with path.open("rb") as file:
             return _Unpickler(file, encoding="bytes").load()
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path}: no pickle of plain arrays ({_short(error)}); get the file again") from error
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise ValueError(f"{path}: not a pickle of plain arrays ({_short(error)}); get the file again") from error
 
 
 def _short(error: Exception) -> str:
@@ -33,14 +33,14 @@ def _short(error: Exception) -> str:
 def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
     """An empty array, which the pickle then fills."""
     if kind != _NDARRAY:
-        raise pickle.UnpicklingError("it makes an object that is no plain array")
+        raise pickle.UnpicklingError("it creates an object that is not a plain array")
     return np.empty(0, np.uint8)
 
 
 def _dtype(code: Any, *_: Any) -> np.dtype:
     dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else code)
     if dtype.kind not in "biuf":
-        raise pickle.UnpicklingError(f"arrays of {dtype} are not wanted")
+        raise pickle.UnpicklingError(f"arrays of {dtype} are not allowed")
     return dtype
 
 
@@ -53,18 +53,18 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _encode(text: Any, encoding: str = "latin1") -> bytes:
-    """Python 3 writes bytes, for readers of Python 2, as a text and this function."""
+    """For readers in Python 2, Python 3 writes bytes as a string and a call of this function."""
     return text if isinstance(text, bytes) else text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """How Python 3 writes empty bytes for readers of Python 2."""
+    """The call that Python 3 writes for empty bytes, for readers in Python 2."""
     return b""
 
 
 _NDARRAY = "numpy.ndarray"
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _NDARRAY,  # a name only: to call it is an error
+    ("numpy", "ndarray"): _NDARRAY,  # only a name: calling it is an error
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytearray"): bytearray,

@@ -1,4 +1,4 @@
-"""The paper's own figures, from `published.toml`, and what can be checked in them without a network."""
+"""The paper's own figures, from `published.toml`, and checks of them that need no network."""
 
 import tomllib
 from functools import cache
@@ -22,23 +22,23 @@ def table(number: int) -> list[Row]:
 
 
 def title(number: int) -> str:
-    """What the paper calls the table."""
+    """The paper's title of the table."""
     return f"Table {number}. {published()[f'table{number}']['title']}"
 
 
 def claims() -> dict[str, Any]:
-    """What the paper says in words."""
+    """The claims in the paper's text."""
     return published()["claims"]
 
 
 def row_of(dataset: str, model: str) -> Row | None:
-    """The paper's row of a network, or `None` where it has none."""
+    """The paper's row for a network, or `None` if it has none."""
     numbers = {"cifar10": 2, "cifar100": 3, "imagenet": 6}
     return next((row for row in table(numbers[dataset]) if row["model"] == model), None)
 
 
 def uniform_column() -> list[Row]:
-    """The uniform quantizer's bits beside the mean of 8 and BTC's bits: they are the same number, but for one row."""
+    """The uniform quantizer's bits next to the mean of 8 and BTC's bits: they are equal in all rows but one."""
     return [
         {"table": number, "model": row["model"], "uniform": row["uniform_bits"], "mean": (row["btc_bits"] + 8) / 2}
         for number in (2, 3)
@@ -47,5 +47,5 @@ def uniform_column() -> list[Row]:
 
 
 def beyond_the_limit(max_rmse: float = 3e-3) -> list[Row]:
-    """Rows of Tables 2 and 3 whose error is above the limit that the paper's own search stops at."""
+    """Rows of Tables 2 and 3 whose error exceeds the limit at which the paper's own search stops."""
     return [{"table": n} | row for n in (2, 3) for row in table(n) if row["rmse"] > max_rmse]

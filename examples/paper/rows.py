@@ -1,4 +1,4 @@
-"""One row of the tables: a network, a quantizer, what it cost and what it saved."""
+"""One row of the tables: what one quantizer costs and saves on one network."""
 
 import time
 from typing import Any

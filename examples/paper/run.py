@@ -1,4 +1,4 @@
-"""The whole evaluation as a list of jobs, each a row that is kept; see `store`."""
+"""The whole evaluation as a list of jobs, each of which is a stored row; see `store`."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from examples.paper.subjects import Options, Subject, subjects
 Row = dict[str, Any]
 Results = dict[str, Any]
 SWEPT = 50_000_000
-"""Multiply-adds of an image up to which a network answers at every threshold: such answers take seconds."""
+"""Networks with at most this many multiply-adds per image are run at every threshold, which takes seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A value to be computed once: where it goes in the results, what it is called, what it depends on."""
+    """A value to compute once: its section in the results, its name, and what it depends on."""
 
     section: str
     name: str
@@ -29,11 +29,11 @@ class Job:
 
 
 def evaluate(options: Options, show: Callable[[str, int, int], None]) -> tuple[Results, Store]:
-    """All results that the files at hand allow.
+    """All results that the files available allow.
 
     Args:
         options: what was asked for.
-        show: called before each job with its name, its number from 0, and the number of all.
+        show: called before each job with its name, its number from 0, and the total number.
     """
     store = Store(options.output / "rows")
     found, missing = subjects(options, store)
@@ -51,7 +51,7 @@ def evaluate(options: Options, show: Callable[[str, int, int], None]) -> tuple[R
 
 
 def _jobs(found: list[Subject], show: Callable[[str, int, int], None], total: int) -> Iterator[tuple[Row, Job]]:
-    """Jobs subject by subject; each exam is made when its turn comes, and let go after it."""
+    """Jobs subject by subject; each exam is created when its turn comes, and released afterwards."""
     done = 0
     for subject in found:
         show(f"preparing {subject.what['title']}", done, total)
@@ -63,7 +63,7 @@ def _jobs(found: list[Subject], show: Callable[[str, int, int], None], total: in
 
 
 def subject_jobs(subject: Subject, exam: Exam) -> Iterator[Job]:
-    """A row for each quantizer, and the experiments of its kind."""
+    """A row for each quantizer, and the experiments for this kind of subject."""
     depends, title = exam.digests(), subject.what["name"]
     for method in METHODS:
         yield Job("rows", f"{title} {method}", depends, functools.partial(measure, method, exam))
@@ -72,7 +72,7 @@ def subject_jobs(subject: Subject, exam: Exam) -> Iterator[Job]:
 
 
 def _thresholds(subject: Subject, exam: Exam) -> list[Row]:
-    """Answers only of MLPs and of small networks with the paper's weights."""
+    """Run only MLPs and small networks with the paper's weights; for others, measure bits and error."""
     small = (
         subject.what["own_weights"] and subject.what["multiply_adds"] <= SWEPT if subject.kind == "network" else True
     )

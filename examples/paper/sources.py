@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: the files on this machine that may hold them, or an address."""
+"""Where pretrained weights come from: local files that may hold them, or an address."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ CHUNK = 1 << 18
 
 
 class WeightsMissing(FileNotFoundError):
-    """No weights of a network are at hand; the message says how to get them."""
+    """The weights of a network are not available; the message says how to get them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One published file. `aliases` are names that copies of it go by, converted to safetensors."""
+    """One published file. `aliases` are the names of copies converted to safetensors."""
 
     address: str
     aliases: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Source:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What to look for; first what needs no PyTorch to be read."""
+        """File names to look for, those that can be read without PyTorch first."""
         return (*self.aliases, f"{PurePosixPath(self.file).stem}.safetensors", self.file)
 
 
@@ -72,7 +72,7 @@ FILES = {
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    """The names in `shared/data` beside the checkout, where `cifar10_resnet20` alone is akamaster's."""
+    """The names in `shared/data` next to the checkout, where plain `cifar10_resnet20` is akamaster's."""
     origin, _, rest = name.partition("_")
     names = {"akamaster": (f"cifar10_{rest}.safetensors",), "imagenet": (f"{name}.safetensors",)}
     return names.get(origin, (f"{origin}_chenyaofo_{rest}.safetensors",))
@@ -82,25 +82,25 @@ SOURCES = {name: Source(address, _aliases(name)) for name, address in FILES.item
 
 
 def default_folders() -> list[Path]:
-    """Where weights are looked for: beside this checkout, in the cache, and where `torch.hub` puts its downloads."""
+    """Where weights are looked for: next to this checkout, in the cache, and in the downloads of `torch.hub`."""
     beside = Path(__file__).parents[2].parent / "shared" / "data"
     hub = Path(os.environ.get("TORCH_HOME") or CACHE.parent / "torch") / "hub" / "checkpoints"
     return [folder for folder in (beside, CACHE, hub) if folder.is_dir()]
 
 
 def find(source: Source, folders: Sequence[Path]) -> list[Path]:
-    """All files that hold it, those first that need no PyTorch."""
+    """All files that hold it, those that need no PyTorch first."""
     found = [folder / name for folder in folders for name in source.names]
     return sorted(filter(Path.is_file, found), key=lambda path: path.suffix != ".safetensors")
 
 
 def download(source: Source, folder: Path, progress: bool = True) -> Path:
-    """The file, fetched into the folder, where it appears whole or not at all.
+    """Download the file into the folder, atomically, and return its path.
 
     Raises:
-        WeightsMissing: the address cannot be reached.
-        ValueError: what came is short or has another checksum.
-        OSError: the folder cannot be written.
+        WeightsMissing: if the address cannot be reached.
+        ValueError: if the download is incomplete or has another checksum.
+        OSError: if the folder cannot be written.
     """
     content = _fetch(source, folder, progress)
     check_sum(source.address, hashlib.sha256(content).hexdigest(), "download it again")
@@ -111,10 +111,10 @@ def download(source: Source, folder: Path, progress: bool = True) -> Path:
 
 
 def check_sum(name: str, digest: str, remedy: str) -> None:
-    """Compares a SHA-256 with its first 8 digits in a file's name. The digits of akamaster's `.th` are not used.
+    """Compare a SHA-256 with its first 8 digits in a file's name. The digits of akamaster's `.th` files are not used.
 
     Raises:
-        ValueError: they differ.
+        ValueError: if they differ.
     """
     expected = re.search(r"-([0-9a-f]{8})\.pth?$", name)
     if expected and not digest.startswith(expected[1]):
@@ -136,7 +136,7 @@ def _fetch(source: Source, folder: Path, progress: bool) -> bytes:
         failed = f"{source.address} could not be downloaded ({reason})"
         raise WeightsMissing(f"{failed}: put the file into a folder for --weights, or into {folder}") from error
     if len(content) < total:
-        raise ValueError(f"{source.address}: {len(content):,} of {total:,} bytes came; run the same command again")
+        raise ValueError(f"{source.address}: {len(content):,} of {total:,} bytes arrived; run the same command again")
     return bytes(content)
 
 

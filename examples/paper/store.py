@@ -1,7 +1,7 @@
-"""Finished rows on disk, so that an interrupted run goes on where it was and never does a row twice.
+"""Finished rows on disk, so that an interrupted run resumes and never computes a row twice.
 
-A row is kept in a file of its own, named by a checksum of all it depends on: the code, the weights, the images, the
-options. Whatever changes makes another name. A file is written whole or not at all.
+Each row is kept in its own file, named by a checksum of everything it depends on: the code, the weights, the images,
+the options. Any change leads to another name. Files are written atomically.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Store:
 
     Attributes:
         folder: where the files are.
-        computed, reused: names of the rows made and found in this run.
+        computed, reused: names of the rows computed and found in this run.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Store:
         return json.loads(text)["row"]
 
     def array(self, name: str, depends: dict[str, Any], compute: Callable[[], np.ndarray]) -> np.ndarray:
-        """The same for one array, which is no row and not counted."""
+        """The same for one array, which is not a row and is not counted."""
         path = self._path(name, depends, ".npy")
         try:
             return np.load(path, allow_pickle=False)
@@ -69,7 +69,7 @@ class Store:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """The stored row; `None` where there is none, or one that cannot be read and is made again."""
+    """The stored row; `None` if there is none, or it cannot be read and must be computed again."""
     try:
         found = json.loads(path.read_text())
         return found if isinstance(found, dict) and "row" in found else None
@@ -78,7 +78,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole, or as it was before."""
+    """Write a file atomically: it is complete, or as it was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -91,7 +91,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @cache
 def code_version() -> str:
-    """A checksum of the code that makes the rows: the library and this package, without what only shows them."""
+    """A checksum of the code that computes the rows: the library and this package, without what only shows them."""
     library, here = Path(btc_jax.__file__).parent, Path(__file__).parent
     files = sorted((*library.rglob("*.py"), *here.glob("*.py"), *(here / "models").glob("*.py")))
     sources = "".join(f"{path.name} {path.read_text()}" for path in files if path.name != "__main__.py")
@@ -99,7 +99,7 @@ def code_version() -> str:
 
 
 def tree_digest(tree: PyTree) -> str:
-    """A checksum of the values of a tree: of a network's weights, whatever file they came from."""
+    """A checksum of the values of a tree, such as a network's weights, regardless of the file that they came from."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)

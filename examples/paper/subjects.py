@@ -1,4 +1,4 @@
-"""What can be judged with the files at hand: networks with weights, MLPs with rows; and what the rest wants."""
+"""What can be evaluated with the files available: networks with weights, MLPs with rows; and what the rest needs."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ UCI = {"Adult": "2/adult", "Letter": "59/letter+recognition", "Satimage": "146/s
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command was asked for; see its help."""
+    """The options of the command; see its help."""
 
     output: Path
     weights: tuple[Path, ...] = ()
@@ -55,7 +55,8 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One network or MLP: the fields that its rows begin with, and its exam, which may take a while to make."""
+    """One network or MLP: the fields that its rows begin with, and a function that creates its exam, which may be
+    slow."""
 
     kind: str
     what: dict[str, Any]
@@ -63,10 +64,10 @@ class Subject:
 
 
 def subjects(options: Options, store: Store) -> tuple[list[Subject], list[Missing]]:
-    """All that can be judged, and a line on each thing that cannot.
+    """Everything that can be evaluated, and a line for each thing that cannot.
 
     Raises:
-        FileNotFoundError, ValueError: a file or folder that was named is not there, damaged, or of another kind.
+        FileNotFoundError, ValueError: if a named file or folder is missing, damaged, or of another kind.
     """
     sets, missing = _image_sets(options)
     found: list[Subject] = []
@@ -117,7 +118,7 @@ def _network(network: Network, variables: PyTree, sets: Sets | None, store: Stor
 
 
 def _mlps(options: Options, store: Store, missing: list[Missing]) -> Iterator[Subject]:
-    """An MLP for each set of rows; sweeps only of those on files, and all of them for the one with most classes."""
+    """An MLP for each data set; sweeps only for those from files, and all sweeps for the one with most classes."""
     tables = list(_tables(options, missing))
     studied = [table for table in tables if table.name not in BUNDLED] or tables
     shown = max(studied, key=lambda table: table.classes)

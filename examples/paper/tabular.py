@@ -1,4 +1,4 @@
-"""Rows of numbers for the MLP: `.npz` files, the small sets that scikit-learn carries, and any CSV file."""
+"""Tabular data for the MLP: `.npz` files, the small sets bundled with scikit-learn, and any CSV file."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ _MISSING = {"", "?", "na", "nan", "null"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """A set of rows, standardized, in a part to learn from and a part held out."""
+    """A data set, standardized and split into training rows and held-out rows."""
 
     name: str
     train: Labelled
@@ -56,15 +56,15 @@ def load_csv(file: Path, target: str, seed: int = 0) -> Table:
     """A CSV file with a header: numbers are standardized, other columns one-hot, and `target` holds the classes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file has no such column, ragged lines, or fewer than two classes.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has no such column, ragged lines, or fewer than two classes.
     """
     columns = _columns(file)
     if target not in columns:
         raise ValueError(f"{file} has no column {target!r}, but {', '.join(columns)}; name one with --target")
     classes, labels = np.unique(columns.pop(target), return_inverse=True)
     if not columns:
-        raise ValueError(f"{file} has no column beside {target!r}")
+        raise ValueError(f"{file} has no column besides {target!r}")
     if len(classes) < 2 or np.bincount(labels).min() < 3:
         raise ValueError(f"{file}: column {target!r} needs two classes or more, and 3 rows or more of each")
     return _split(file.stem, np.concatenate([_numbers(c) for c in columns.values()], axis=1), labels, seed)
@@ -80,13 +80,13 @@ def _columns(file: Path) -> dict[str, list[str]]:
         if len(line) != len(header):
             raise ValueError(f"{file}, line {number}: {len(line)} fields; the header has {len(header)}")
     if not lines:
-        raise ValueError(f"{file} has no rows; a header and rows below it are needed")
+        raise ValueError(f"{file} has no rows; a header and rows below it are required")
     columns = [[field.strip() for field in column] for column in zip(*lines, strict=True)]
     return dict(zip(map(str.strip, header), columns, strict=True))
 
 
 def _numbers(column: list[str]) -> np.ndarray:
-    """A column of numbers, missing ones at their mean; or a column for each of its texts."""
+    """A column of numbers, with missing ones at the mean; or a one-hot column for each string."""
     present = [field for field in column if field.lower() not in _MISSING]
     try:
         values = np.array([float(field) for field in present], np.float32)

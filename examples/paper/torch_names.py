@@ -1,4 +1,4 @@
-"""What PyTorch calls each array of our models: an explicit rule for every module of every architecture."""
+"""PyTorch's name of each array of these models: an explicit rule for every module of every architecture."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from examples.paper.models import CifarResNet, ImageNetResNet, MobileNetV2, RepV
 PyTree = Any
 Rules = tuple[tuple[str, str], ...]
 
-# Per architecture: our module's path as a pattern, and PyTorch's name of it. The first whole match counts.
+# Per architecture: the Flax module's path as a pattern, and PyTorch's name. The first full match counts.
 RESIDUAL: Rules = (
     (r"conv1/conv", r"conv1"),
     (r"conv1/bn", r"bn1"),
@@ -43,7 +43,7 @@ RULES: dict[type[linen.Module], Rules] = {
     MobileNetV2: (
         (r"first/conv", r"features.0.0"),
         (r"first/bn", r"features.0.1"),
-        # The first block has no `expand`, so what follows has lower numbers.
+        # The first block has no `expand`, so its other modules have lower numbers.
         (r"block1/depthwise/conv", r"features.1.conv.0.0"),
         (r"block1/depthwise/bn", r"features.1.conv.0.1"),
         (r"block1/project/conv", r"features.1.conv.1"),
@@ -59,7 +59,7 @@ RULES: dict[type[linen.Module], Rules] = {
         (r"classifier", r"classifier.1"),
     ),
     RepVGG: (
-        # The first stage is a block, and not a list of one.
+        # The first stage is a block, not a list of one block.
         (r"stage0_0/dense/(conv|bn)", r"stage0.rbr_dense.\1"),
         (r"stage0_0/pointwise/(conv|bn)", r"stage0.rbr_1x1.\1"),
         (r"stage(\d)_(\d+)/dense/(conv|bn)", r"stage\1.\2.rbr_dense.\3"),
@@ -68,7 +68,7 @@ RULES: dict[type[linen.Module], Rules] = {
         (r"classifier", r"linear"),
     ),
 }
-# akamaster's networks, the ones without projections, call their last layer otherwise.
+# akamaster's networks, those without projections, have another name for the last layer.
 OPTION_A: Rules = (*RESIDUAL, (r"classifier", r"linear"))
 
 ARRAYS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -78,7 +78,7 @@ def torch_names(model: linen.Module, variables: PyTree) -> list[str]:
     """PyTorch's name of each leaf, in the order of `jax.tree.leaves(variables)`.
 
     Raises:
-        ValueError: no rule names a leaf.
+        ValueError: if no rule names a leaf.
     """
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
     return [_torch_name(_rules(model), [key.key for key in path]) for path in paths]

@@ -36,19 +36,19 @@ def load_weights(
 ) -> PyTree:
     """The variables `{"params": ..., "batch_stats": ...}` of `network.model`, from the first file found.
 
-    Looked for are copies of the published file as safetensors, and the file itself, in `folders` and in `cache`; if
-    there is none and `download` is true, it is fetched into `cache`.
+    `folders` and `cache` are searched for safetensors copies of the published file, and for the file itself; if there
+    is none and `download` is true, it is downloaded into `cache`.
 
     Raises:
-        WeightsMissing: there is no such file, or only one that needs PyTorch, and PyTorch is not installed.
-        ValueError: the file is damaged, or holds another network.
+        WeightsMissing: if there is no such file, or only one that needs PyTorch, and PyTorch is not installed.
+        ValueError: if the file is damaged, or holds another network.
     """
     path = _find(network, [*folders, cache], download) or sources.download(SOURCES[network.name], cache, progress)
     return convert(read_state(path), network, str(path))
 
 
 def _find(network: Network, folders: Sequence[Path], download: bool) -> Path | None:
-    """A file that can be read; None if it is to be downloaded."""
+    """A readable file; `None` if it is to be downloaded."""
     source = SOURCES[network.name]
     found = sources.find(source, folders)
     torch = importlib.util.find_spec("torch") is not None
@@ -56,7 +56,7 @@ def _find(network: Network, folders: Sequence[Path], download: bool) -> Path | N
     if readable:
         return readable[0]
     if not torch and (found or download):
-        unread = f"{network.name}: {found[0] if found else source.address} is read by PyTorch, which is not installed"
+        unread = f"{network.name}: {found[0] if found else source.address} needs PyTorch, which is not installed"
         raise WeightsMissing(f"{unread}: `pip install torch`, or give {source.names[0]}")
     if not download:
         wanted = f"{network.name}: no {' or '.join(source.names)} was found"
@@ -65,11 +65,11 @@ def _find(network: Network, folders: Sequence[Path], download: bool) -> Path | N
 
 
 def read_state(path: Path) -> State:
-    """The arrays of a `.pt`, `.pth`, `.th` or safetensors file, by PyTorch's names; nothing in it is run.
+    """The arrays of a `.pt`, `.pth`, `.th` or safetensors file, by PyTorch's names; no code in it is run.
 
     Raises:
-        ValueError: the file is damaged, or not a checkpoint.
-        ImportError: it needs PyTorch, which is not installed.
+        ValueError: if the file is damaged, or not a checkpoint.
+        ImportError: if it needs PyTorch, which is not installed.
     """
     if path.suffix == ".safetensors":
         with open_source(path) as source:
@@ -84,19 +84,19 @@ def _unpickled(path: Path) -> Any:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, with many lines
+    except Exception as error:  # of many kinds, some with many lines
         reason = f"{type(error).__name__}: {str(error).strip() or 'no content'}".splitlines()[0]
         raise ValueError(
-            f"{path} is no PyTorch checkpoint, or it is truncated ({reason}); delete it and download it again"
+            f"{path} is not a PyTorch checkpoint, or it is truncated ({reason}); delete it and download it again"
         ) from error
 
 
 def _state(content: Any, path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a state dict, also of one inside of a training checkpoint."""
+    """The arrays of a state dict, which may be inside a training checkpoint."""
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
     if not isinstance(content, Mapping) or not all(hasattr(value, "numpy") for value in content.values()):
-        raise ValueError(f"{path} holds no state dict but {type(content).__name__}; save `model.state_dict()`")
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of a state dict; save `model.state_dict()`")
     for name, value in content.items():
         if str(value.dtype) == "torch.bfloat16":  # numpy has no such type
             raise ValueError(f"{path}: {name} is bfloat16; save `model.float().state_dict()`")
@@ -104,10 +104,10 @@ def _state(content: Any, path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def convert(state: State, network: Network, where: str) -> PyTree:
-    """PyTorch's arrays as variables of `network.model`: every array has one place, and every place one array.
+    """Convert PyTorch's arrays to variables of `network.model`; names must correspond one to one.
 
     Raises:
-        ValueError: a name is missing or left over, a shape differs, or an array is not float32.
+        ValueError: if a name is missing or left over, a shape differs, or an array is not float32.
     """
     state = _plain(state)
     leaves, structure = jax.tree.flatten(network.shapes())
@@ -121,7 +121,8 @@ def convert(state: State, network: Network, where: str) -> PyTree:
 
 
 def _plain(state: State) -> State:
-    """Without the prefix that `DataParallel` gives all names, and the counters that only training reads."""
+    """The state without the prefix that `DataParallel` adds to all names, and without counters used only in
+    training."""
     prefix = "module." if all(name.startswith("module.") for name in state) else ""
     kept = {name.removeprefix(prefix): array for name, array in state.items()}
     return {name: array for name, array in kept.items() if not name.endswith(".num_batches_tracked")}
@@ -145,7 +146,7 @@ def _differences(state: State, shapes: dict[str, tuple[int, ...]]) -> Iterator[s
 
 
 def _last_layer(shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
-    """Bias and weight of the classifier: the one dense layer of all these networks."""
+    """Names of the bias and weight of the classifier, the only dense layer in each of these networks."""
     weight = next(name for name, shape in shapes.items() if len(shape) == 2)
     return weight.removesuffix("weight") + "bias", weight
 

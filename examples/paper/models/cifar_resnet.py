@@ -8,7 +8,7 @@ from examples.paper.models.residual import BasicBlock
 
 
 class CifarResNet(linen.Module):
-    """ResNet-20, 32, 44, 56 with 3, 5, 7, 9 blocks a stage.
+    """ResNet-20, 32, 44, 56 with 3, 5, 7, 9 blocks per stage.
 
     Shortcuts are 1x1 convolutions (`projection=True`, github.com/chenyaofo/pytorch-cifar-models) or have no parameters
     (github.com/akamaster/pytorch_resnet_cifar10, and the original).

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import jax
 from flax import linen
 
-# Else an accelerator may multiply float32 in fewer bits, and the float baseline of a comparison is not float32.
+# Otherwise an accelerator may multiply float32 at lower precision, and the float baseline would not be float32.
 FULL = jax.lax.Precision.HIGHEST
 
 
 def convolution(
     features: int, size: int = 3, stride: int = 1, groups: int = 1, bias: bool = False, name: str = "conv"
 ) -> linen.Conv:
-    """A square convolution, padded by the same number on all sides; Flax's `SAME` pads strided ones on one side."""
+    """A square convolution, padded equally on all sides; Flax's `SAME` pads strided ones on one side."""
     padding = ((size // 2, size // 2),) * 2
     return linen.Conv(
         features,
@@ -27,7 +27,7 @@ def convolution(
 
 
 def batch_norm(name: str = "bn") -> linen.BatchNorm:
-    """With the stored statistics and PyTorch's epsilon and momentum."""
+    """Batch norm with the stored statistics, and PyTorch's epsilon and momentum."""
     return linen.BatchNorm(use_running_average=True, epsilon=1e-5, momentum=0.9, name=name)
 
 
@@ -40,7 +40,7 @@ def global_average(x: jax.Array) -> jax.Array:
 
 
 class ConvBN(linen.Module):
-    """A convolution without bias, its batch norm, and an activation if there is one."""
+    """A convolution without bias, its batch norm, and an optional activation."""
 
     features: int
     size: int = 3

@@ -1,4 +1,4 @@
-"""Fully connected networks, for rows of a table."""
+"""Fully connected networks, for tabular data."""
 
 import jax
 from flax import linen

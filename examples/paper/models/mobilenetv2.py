@@ -5,7 +5,7 @@ from flax import linen
 
 from examples.paper.models.layers import ConvBN, classifier, global_average
 
-# Of each stage: expansion, channels at width 1, blocks, stride of the first block.
+# For each stage: expansion, channels at width 1, blocks, stride of the first block.
 STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -23,13 +23,13 @@ BLOCKS = [
 
 
 def rounded(channels: float) -> int:
-    """The nearest multiple of 8, a half rounded up, and one more if that lost over a tenth."""
+    """The nearest multiple of 8 (halves rounded up), or the next one if that loses over a tenth."""
     near = max(8, int(channels + 4) // 8 * 8)
     return near if near >= 0.9 * channels else near + 8
 
 
 class InvertedResidual(linen.Module):
-    """Widen, filter each channel, narrow; added to the input where the shape stays."""
+    """Expand, filter each channel, project; added to the input if the shape is unchanged."""
 
     features: int
     stride: int
@@ -45,7 +45,7 @@ class InvertedResidual(linen.Module):
 
 
 class MobileNetV2(linen.Module):
-    """As github.com/chenyaofo/pytorch-cifar-models has it; without its dropout, which only training uses."""
+    """As in github.com/chenyaofo/pytorch-cifar-models, without its dropout, which only training uses."""
 
     width: float
     classes: int = 10

@@ -1,6 +1,6 @@
 """RepVGG-A0 (Ding and others, 2021) for images of 32x32: the first two strides are 1 instead of 2.
 
-It is trained with three branches a block. They are linear, so that one 3x3 convolution can replace them: `fused`.
+It is trained with three branches per block. They are linear, so one 3x3 convolution can replace them: `fused`.
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from examples.paper.models.layers import ConvBN, batch_norm, classifier, convolu
 
 PyTree = Any
 
-# Of each stage: blocks, channels, stride of the first block.
+# For each stage: blocks, channels, stride of the first block.
 STAGES = ((1, 48, 1), (2, 48, 1), (4, 96, 2), (14, 192, 2), (1, 1280, 2))
 EPSILON = batch_norm().epsilon
 
 
 class RepVGGBlock(linen.Module):
-    """The sum of a 3x3 and a 1x1 convolution and, where the shape stays, the input, each with its batch norm."""
+    """The sum of a 3x3 and a 1x1 convolution and, if the shape is unchanged, the input, each with its batch norm."""
 
     features: int
     stride: int
@@ -38,7 +38,7 @@ class RepVGGBlock(linen.Module):
 
 
 class RepVGG(linen.Module):
-    """In its training form, or `fused`, with the variables that `fuse` makes."""
+    """The training form, or with `fused` the one for the variables that `fuse` returns."""
 
     classes: int = 10
     fused: bool = False
@@ -52,7 +52,7 @@ class RepVGG(linen.Module):
 
 
 def fuse(variables: PyTree) -> PyTree:
-    """Variables of the training form -> those of the fused form, which gives the same logits."""
+    """Convert variables of the training form to the fused form, which has the same logits."""
     params, stats = variables["params"], variables["batch_stats"]
     blocks = {name: {"fused": _fused_block(params[name], stats[name])} for name in stats}
     return {"params": params | blocks}
@@ -72,11 +72,11 @@ def _fused_block(params: PyTree, stats: PyTree) -> PyTree:
 
 
 def _centred(kernel: jax.Array) -> jax.Array:
-    """A 1x1 kernel as the middle of a 3x3 one."""
+    """A 1x1 kernel at the centre of a 3x3 one."""
     return jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
 
 
 def _with_norm(kernel: jax.Array, norm: PyTree, stats: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Kernel and bias of a convolution and the batch norm behind it."""
+    """Kernel and bias of a convolution fused with the batch norm after it."""
     scale = norm["scale"] / jnp.sqrt(stats["var"] + EPSILON)
     return kernel * scale[None, None, None], norm["bias"] - stats["mean"] * scale

@@ -1,4 +1,4 @@
-"""The blocks of residual networks (He and others, 2016), and the two ways past a block that changes shape."""
+"""The blocks of residual networks (He and others, 2016), and the two shortcuts for blocks that change shape."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ from examples.paper.models.layers import ConvBN
 
 
 def padded(x: jax.Array, features: int, stride: int) -> jax.Array:
-    """Option A, without parameters: every `stride`-th pixel, and channels of zeros on both sides."""
+    """Option A, without parameters: every `stride`-th pixel, zero-padded channels on both sides."""
     x = x[:, ::stride, ::stride]
     missing = features - x.shape[-1]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
 
 
 class Shortcut(linen.Module):
-    """The input as it is where the shape stays; else option A, or a 1x1 convolution (option B)."""
+    """The identity if the shape is unchanged; else option A, or a 1x1 convolution (option B)."""
 
     features: int
     stride: int

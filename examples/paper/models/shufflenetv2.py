@@ -12,13 +12,14 @@ WIDTHS = {0.5: (48, 96, 192), 1.0: (116, 232, 464), 1.5: (176, 352, 704)}
 
 
 def shuffled(x: jax.Array) -> jax.Array:
-    """The channels of two halves, dealt in turn."""
+    """The channels of the two halves, interleaved."""
     halves = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     return halves.swapaxes(-1, -2).reshape(x.shape)
 
 
 class Unit(linen.Module):
-    """Half of the channels go through three convolutions, the others past them; with stride 2, all go both ways."""
+    """Half of the channels pass through three convolutions, the others bypass them; with stride 2, all take both
+    paths."""
 
     features: int
     stride: int
@@ -38,7 +39,7 @@ class Unit(linen.Module):
 
 
 class ShuffleNetV2(linen.Module):
-    """Width 0.5, 1.0 or 1.5, as github.com/chenyaofo/pytorch-cifar-models has it."""
+    """Width 0.5, 1.0 or 1.5, as in github.com/chenyaofo/pytorch-cifar-models."""
 
     width: float
     classes: int = 10

@@ -1,1 +1,1 @@
-"""Results as tables and figures; nothing here is measured, so a change here makes no row be done again."""
+"""Results as tables and figures. Nothing is measured here, so changes do not invalidate any row."""

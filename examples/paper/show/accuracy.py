@@ -1,4 +1,4 @@
-"""Tables 2, 3, 4 and 6, and that of the MLPs: what the quantizers did to each network, beside the paper's figures."""
+"""Tables 2, 3, 4 and 6, and that of the MLPs: the quantizers on each network, next to the paper's figures."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,11 +23,11 @@ COLUMNS = (
     "by layer",
 )
 COLUMNS += ("paper bits", "stored", "block size, why")
-"""Bits per weight: `payload` is over weights, `by layer` the mean of layers, `stored` is everything."""
+"""Bits per weight: `payload` is over weights, `by layer` the mean of layers, `stored` counts everything."""
 
 
 def accuracy_table(number: int, results: Results) -> Shown:
-    """Table 2, 3 or 6: the paper's networks in its order, and below them other weights of the same networks."""
+    """Table 2, 3 or 6: the paper's networks in its order, followed by other weights of the same networks."""
     dataset = published.published()[f"table{number}"]["dataset"]
     rows = [row for row in results["rows"] if row["dataset"] == dataset]
     own = {row["title"]: [r for r in rows if r["title"] == row["title"] and r["own_weights"]] for row in rows}
@@ -42,11 +42,11 @@ def accuracy_table(number: int, results: Results) -> Shown:
 
 
 def mlp_table(results: Results) -> Shown:
-    """The MLPs, of which the paper gives only a row of Table 4."""
+    """The MLPs, for which the paper gives only a row in Table 4."""
     rows = [row for row in results["rows"] if row["dataset"] == "tabular"]
-    notes = ["Two hidden layers of 256 and 128, trained on the spot; accuracy, agreement and KL on the held-out rows:"]
+    notes = ["Two hidden layers of 256 and 128, trained here; accuracy, agreement and KL on the held-out rows:"]
     notes += [", ".join(dict.fromkeys(row["known"] for row in rows)) + "."]
-    return Shown("MLPs on rows of numbers", COLUMNS, [_line(row, None) for row in rows], notes)
+    return Shown("MLPs on tabular data", COLUMNS, [_line(row, None) for row in rows], notes)
 
 
 def _lines(rows: list[Row], paper: Row) -> list[list[str]]:
@@ -78,7 +78,7 @@ def _line(row: Row, paper: Row | None) -> list[str]:
 
 
 def _not_run(paper: Row) -> list[list[str]]:
-    """The paper's figures alone."""
+    """Rows with only the paper's figures."""
     lines = []
     for method, column in PAPER_COLUMN.items():
         if column in paper:
@@ -90,12 +90,12 @@ def _not_run(paper: Row) -> list[list[str]]:
 
 
 def _notes(rows: list[Row]) -> Iterator[str]:
-    yield "Bits per weight: payload over weights and averaged over layers; stored is all, with header and padding."
+    yield "Bits per weight: payload over weights and averaged over layers; stored includes header and padding."
     if any(row.get("known") for row in rows):
         yield f"Accuracy on: {', '.join(sorted({row['known'] for row in rows if row.get('known')}))}."
         yield f"Agreement and KL on: {', '.join(sorted({row['compared'] for row in rows if row.get('compared')}))}."
     elif rows:
-        yield "No images at hand: bits and errors only."
+        yield "No images available: bits and errors only."
 
 
 CLASSES = {
@@ -108,7 +108,7 @@ CLASSES = {
 
 
 def summary_table(results: Results) -> Shown:
-    """Table 4 three times: as printed, as the paper's own Tables 2 and 3 have it, and as measured."""
+    """Table 4 in three versions: as printed, from the paper's own Tables 2 and 3, and as measured."""
     columns = ("class", "paper: drop", "Tables 2, 3", "measured", "paper: bits", "Tables 2, 3", "measured")
     columns += ("paper: rmse", "Tables 2, 3", "measured")
     lines = [_summary(row, results) for row in published.table(4)]

@@ -1,4 +1,4 @@
-"""The paper's figures 1 to 6, and two of what it only says: drawn from results, as PNG and SVG."""
+"""The paper's figures 1 to 6, and two for claims in its text, drawn from results as PNG and SVG."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ FIGURES = networks.FIGURES | sweeps.FIGURES
 
 
 def draw_all(folder: Path, results: dict[str, Any]) -> list[str]:
-    """Draws every figure that there are results for; returns their names, without `.png` and `.svg`."""
+    """Draw every figure for which there are results; return their names, without `.png` and `.svg`."""
     drawn = []
     with matplotlib.rc_context(SETTINGS):
         for name, draw in FIGURES.items():
@@ -27,7 +27,7 @@ def draw_all(folder: Path, results: dict[str, Any]) -> list[str]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Both formats, each written whole."""
+    """Write both formats, each atomically."""
     for suffix, options in ((".png", {"dpi": 130}), (".svg", {"metadata": {"Date": None}})):
         with io.BytesIO() as file:
             figure.savefig(file, format=suffix[1:], **options)  # pyright: ignore[reportArgumentType]

@@ -36,7 +36,7 @@ def histograms(results: Results) -> Figure | None:
 
 
 def summary(results: Results, number: int, title: str) -> Figure:
-    """Figures 4 and 5: accuracy, bits and error of each network; the paper's own figures are hollow."""
+    """Figures 4 and 5: accuracy, bits and error of each network; the paper's values have hollow markers."""
     paper = published.table(number)
     dataset = published.published()[f"table{number}"]["dataset"]
     rows = [row for row in results["rows"] if row["dataset"] == dataset]
@@ -92,7 +92,7 @@ def _measured_points(
 
 
 def _layer_points(panel: Axes, titles: list[str], rows: list[Row]) -> None:
-    """The mean of layers, with which the paper's column is to be compared."""
+    """The mean over layers, to compare with the paper's column."""
     if rows:
         x = [titles.index(row["title"]) + OFFSETS["BTC"] + 0.04 for row in rows]
         look = {"linestyle": "none", "markersize": 9, "label": "BTC, measured, payload over layers"}
@@ -107,12 +107,12 @@ def cifar10(results: Results) -> Figure:
 def cifar100(results: Results) -> Figure:
     """Figure 5."""
     measured = any(row["dataset"] == "cifar100" for row in results["rows"])
-    what = "hollow: the paper's figures" if measured else "the paper's figures only, no weights were at hand"
+    what = "hollow: the paper's figures" if measured else "the paper's figures only, no weights were available"
     return summary(results, 3, f"Figure 5. CIFAR-100: accuracy, bits, error ({what})")
 
 
 def wide_blocks(results: Results) -> Figure | None:
-    """Figure 7, which the paper has not: what section 3.1 says of early, middle and last layers."""
+    """Figure 7, which is not in the paper: what section 3.1 says about early, middle and last layers."""
     found = {name: layers for name, layers in results.get("wide", {}).items() if not name.startswith("mlp")}
     if not found:
         return None
@@ -135,7 +135,7 @@ def wide_blocks(results: Results) -> Figure | None:
 
 
 def _claims(panel: Axes, layers: int) -> None:
-    """What the paper says of the first layers, of those between, and of the last, as boxes."""
+    """The paper's claims about first, middle and last layers, as boxes."""
     said, early = published.claims(), max(3.5, 0.06 * layers)
     spans = {
         "first_wide": (0.5, early),
@@ -144,7 +144,7 @@ def _claims(panel: Axes, layers: int) -> None:
     }
     for name, (left, right) in spans.items():
         low, high = (100 * value for value in said[name])
-        label = "what the paper says of early, middle and last layers" if name == "first_wide" else None
+        label = "the paper on early, middle and last layers" if name == "first_wide" else None
         look = {"facecolor": "none", "edgecolor": VERMILLION, "linewidth": 2.0, "label": label}
         panel.add_patch(Rectangle((left, low), right - left, high - low, zorder=3, **look))
 

@@ -15,7 +15,7 @@ Results = dict[str, Any]
 
 
 def tables(results: Results) -> list[Shown]:
-    """The paper's six tables, and those of what it says in words."""
+    """The paper's six tables, and those for the claims in its text."""
     found = [
         studies.complexity_table(results),
         accuracy.accuracy_table(2, results),
@@ -28,7 +28,7 @@ def tables(results: Results) -> list[Shown]:
 
 
 def missing_lines(results: Results) -> list[str]:
-    """A line on everything that was not run: what, and how to get it."""
+    """A line for everything that was not run: what it is, and how to get it."""
     return [f"{missing['what']}: {missing['how']}" for missing in results["missing"]]
 
 
@@ -38,13 +38,13 @@ def print_all(console: Console, results: Results) -> None:
             console.print(shown.rich())
             console.print(*shown.notes, "", sep="\n", soft_wrap=True)
     if lines := missing_lines(results):
-        console.print(f"Not run, for want of files ({len(lines)}); `--download` fetches weights:")
+        console.print(f"Not run, for lack of files ({len(lines)}); `--download` fetches weights:")
         for line in lines:
             console.print(f"- {line}", soft_wrap=True)
 
 
 def write_all(folder: Path, results: Results, figures: list[str]) -> list[Path]:
-    """`paper.md` with tables and figures, `paper.json` with all results."""
+    """Write `paper.md` with tables and figures, and `paper.json` with all results."""
     document = {"published": published(), "results": results}
     write_whole(folder / "paper.json", json.dumps(document, indent=1, allow_nan=False).encode())
     write_whole(folder / "paper.md", _markdown(results, figures).encode())

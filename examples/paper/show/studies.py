@@ -1,4 +1,4 @@
-"""Tables 1 and 5, and what the paper says only in words: averages, wide blocks, the threshold, small blocks."""
+"""Tables 1 and 5, and claims in the paper's text: averages, wide blocks, the threshold, small blocks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +20,10 @@ def complexity_table(results: Results) -> Shown:
     lines = [[row["method"], row["calibration"], *(figure(row[n], form) for n, form in forms.items())] for row in rows]
     notes = [
         "16 MiB of float32, a quarter of the blocks wide. Time to quantize and decode, once compiled: median of 5,",
-        "also in multiples of a copy in memory; `packed` is quantizing into the packed form. Peak memory beyond the",
-        "weights, result included, in multiples of them. The paper has adjectives: uniform very low and none, BTC",
+        "also in multiples of a copy in memory; `packed` quantizes into the packed form. Peak memory beyond the",
+        "weights, result included, in multiples of them. The paper has only adjectives: uniform very low and none, BTC",
         "low and small.",
-        "Reconstruction PTQ (BRECQ and others) is not built here and was not run.",
+        "Reconstruction PTQ (BRECQ and others) is not implemented here and was not run.",
     ]
     return Shown("Table 1. PTQ complexity, measured", columns, lines, notes)
 
@@ -32,7 +32,7 @@ def storage_table(results: Results) -> Shown:
     """Table 5, from packed leaves."""
     columns = ("block size", "bits", "payload", "header", "overhead", "paper: payload", "header", "overhead", "equal")
     lines = [_storage_line(row, row["published"]) for row in results["storage"]["all"]]
-    return Shown(published.title(5), columns, lines, ["Bits a block, and a weight; of leaves packed by the library."])
+    return Shown(published.title(5), columns, lines, ["Bits per block; overhead per weight. Packed by the library."])
 
 
 def _storage_line(row: Row, paper: Row) -> list[str]:
@@ -43,13 +43,13 @@ def _storage_line(row: Row, paper: Row) -> list[str]:
 
 
 def averages_table(results: Results) -> Shown:
-    """Both averages at each block size, beside the paper's column."""
+    """Both averages at each block size, next to the paper's column."""
     columns = ("model", "blocks", "payload over weights", "over layers", "effective", "paper bits", "rmse over weights")
     lines = [
         line for name, layers in results.get("averages", {}).items() for line in _average_lines(results, name, layers)
     ]
-    notes = ["Effective is payload over weights and 33 bits a block. The paper's 4.12 bits for ResNet56 are less than"]
-    notes += ["4 + 33/256 = 4.129, the least that blocks of 256 can take: its averages leave the header out."]
+    notes = ["Effective: payload over weights plus 33 bits per block. The paper's 4.12 bits for ResNet56 are less than"]
+    notes += ["4 + 33/256 = 4.129, the minimum for blocks of 256: its averages leave the header out."]
     return Shown("Bits averaged over weights and over layers", (*columns, "over layers", "paper rmse"), lines, notes)
 
 
@@ -109,7 +109,7 @@ def uniform_table(results: Results) -> Shown:
 
 
 def wide_table(results: Results) -> Shown:
-    """Share of wide blocks, beside what section 3.1 says."""
+    """Share of wide blocks, next to what section 3.1 says."""
     claims, lines = published.claims(), []
     for name, layers in results.get("wide", {}).items():
         share = shares(layers)
@@ -120,7 +120,7 @@ def wide_table(results: Results) -> Shown:
         for name in ("first_wide", "first_wide", "middle_wide", "last_wide")
     ]
     lines.append(["paper (section 3.1)", "", *said])
-    notes = ["Threshold 0.05, blocks of 64. `middle` is the mean over all layers but the first and the last."]
+    notes = ["Threshold 0.05, blocks of 64. `middle` is the mean over all layers except the first and the last."]
     return Shown("Share of wide blocks, %", ("model", "layers", "first", "first three", "middle", "last"), lines, notes)
 
 
@@ -134,7 +134,7 @@ def threshold_table(results: Results) -> Shown:
 
 
 def _sensitivity(results: Results) -> Iterator[str]:
-    """How far bits and error go in the range that the paper calls weakly sensitive."""
+    """The change of bits and error over the range that the paper calls weakly sensitive."""
     low, high = published.claims()["weakly_sensitive"]
     for name, rows in results.get("thresholds", {}).items():
         first, last = (next(row for row in rows if row["threshold"] == t) for t in (low, high))
@@ -149,7 +149,7 @@ def block_table(results: Results) -> Shown:
     lines = []
     for name, rows in results.get("block_sizes", {}).items():
         lines += [_sweep(results["networks"][name]["title"], str(row["block_size"]), row) for row in rows]
-    notes = ["A header of 33 bits a block: blocks of 2 and 4 store more than float32 and float16 would, or nearly."]
+    notes = ["With 33 bits of header per block, blocks of 2 and 4 store about as much as float32 and float16."]
     return Shown("Block sizes on fully connected layers", columns, lines, notes)
 
 

@@ -11,10 +11,10 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
     *("#0072B2", "#D55E00", "#CC79A7"),
 )
-"""Okabe and Ito's colours, told apart by the colour-blind too; markers differ as well."""
+"""Okabe and Ito's colours, which are safe for colour-blind readers; markers differ as well."""
 STYLES = {"float32": (BLACK, "o"), "BTC": (BLUE, "s"), "uniform8": (VERMILLION, "^"), "percentile8": (GREEN, "v")}
 SPARE = ((PURPLE, "D"), (ORANGE, "P"), (SKY, "X"))
-"""For quantizers and networks beyond those."""
+"""For all other quantizers and networks."""
 SETTINGS: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,

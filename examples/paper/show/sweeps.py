@@ -99,7 +99,7 @@ def block_sizes(results: Results) -> Figure | None:
         panel.axvspan(2, 64, color=SKY, alpha=0.15, linewidth=0, label="the paper's range")
     _level(accuracy, 0, "float32")
     _level(bits, 8, "uniform8")
-    accuracy.set_ylabel("accuracy less that of float32, points")
+    accuracy.set_ylabel("accuracy minus that of float32, points")
     bits.set_ylabel("bits per weight, everything stored")
     bits.set_yscale("log", base=2)
     ticks = [8, 10, 12, 16, 20, 24]
@@ -109,7 +109,7 @@ def block_sizes(results: Results) -> Figure | None:
 
 
 def thresholds(results: Results) -> Figure | None:
-    """Figure 8, which the paper has not: how sensitive it all is to the threshold."""
+    """Figure 8, which is not in the paper: sensitivity to the threshold."""
     found = results.get("thresholds", {})
     if not found:
         return None

@@ -14,7 +14,7 @@ _TEXTS = ("model", "method", "block size, why", "layers", "average over", "block
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A table of texts, with remarks below it."""
+    """A table of strings, with notes below it."""
 
     title: str
     columns: Sequence[str]
@@ -50,7 +50,7 @@ def figure(value: float | None, form: str) -> str:
 
 
 def span(values: Sequence[float], form: str) -> str:
-    """`least to most`, or the one figure."""
+    """`least to most`, or the single figure."""
     if not values:
         return ""
     low, high = format(min(values), form), format(max(values), form)
