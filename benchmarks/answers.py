@@ -1,12 +1,12 @@
-"""How far quantization moves the answers of networks, at equal stored bits: btc_jax, and other quantizers.
+"""How far quantization moves the answers of networks at equal stored bits: btc_jax and other quantizers.
 
     python -m benchmarks.answers [NETWORK ...] [--bits X ...] [--data FOLDER] --output FOLDER
 
-Networks are those of benchmarks/exams. On all sides the same leaves are quantized, everything stored counts, and other
-quantizers get their leaves in PyTorch's layout. The divergence of one small network scatters by two to three times; so
-figures are geometric means over draws, in each of which the channels inside of every leaf are permuted before it is
-quantized, the same way for all sides, and put back after. Prints tables, writes answers.json and a figure, and keeps
-what was measured in the output folder for the next run.
+Networks are those of benchmarks/exams. All sides quantize the same leaves, everything stored counts, and other
+quantizers get their leaves in PyTorch's layout. The divergence of a small network varies by a factor of two to three,
+so figures are geometric means over draws; in each draw, the channels within every leaf are permuted before
+quantization, in the same way for all sides, and restored afterwards. Prints tables, writes answers.json and a figure,
+and keeps all measurements in the output folder for the next run.
 """
 
 import json
@@ -34,7 +34,7 @@ PEERS = (
 
 
 def rows_of(exam: Exam, bits: list[float], peers: list[Peer], kept: Kept) -> Iterator[Row]:
-    """The rows of one network, all sides."""
+    """The rows of one network for all sides."""
     sides: list[Any] = [(name, budget) for budget in bits for name in OURS]
     for side in tracked([*peers, *sides], exam.name, True):
         if isinstance(side, Peer):
@@ -44,10 +44,10 @@ def rows_of(exam: Exam, bits: list[float], peers: list[Peer], kept: Kept) -> Ite
 
 
 def main(
-    networks: Annotated[list[str] | None, typer.Argument(metavar="[NETWORK]...", help="Of benchmarks.exams.")] = None,
+    networks: Annotated[list[str] | None, typer.Argument(metavar="[NETWORK]...", help="In benchmarks.exams.")] = None,
     bits: Annotated[list[float] | None, typer.Option(help="Budgets of effective bits.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of the networks' files.")] = exams.DATA,
-    output: Annotated[Path, typer.Option(help="Folder for the results, and what is kept.")] = Path("out"),
+    output: Annotated[Path, typer.Option(help="Folder for results and stored rows.")] = Path("out"),
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure everything again.")] = False,
 ) -> None:
     peers = [peer for peer in available(rich.print) if peer.name in PEERS]
@@ -58,7 +58,7 @@ def main(
         shown = ({name: value for name, value in row.items() if name != "budget"} for row in rows)
         rich.print(comparison_table(shown, f"{exam.name}: {exam.what}"))
     if not results:
-        raise typer.BadParameter("none of the networks is here")
+        raise typer.BadParameter("none of the networks is available")
     (output / "answers.json").write_text(json.dumps(results, indent=1))
     for title, rows in summaries(results).items():
         rich.print(comparison_table(rows, title))

@@ -1,4 +1,4 @@
-"""The figure of the comparison of answers: a panel a network, divergence against stored bits."""
+"""The figure of the comparison of answers: divergence against stored bits, one panel per network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ PEERS = {
 
 
 def draw(results: Mapping[str, Sequence[Row]], file: Path) -> None:
-    """Writes the figure, in the format that the name of the file says."""
+    """Write the figure, in the format given by the file name."""
     networks = [network for network in PANELS if network in results] or list(results)[:3]
     figure, panels = plt.subplots(1, len(networks), figsize=(3.4 * len(networks), 3.3), squeeze=False)
     for panel, network in zip(panels[0], networks, strict=True):

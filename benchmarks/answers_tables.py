@@ -1,4 +1,4 @@
-"""What the rows of all networks come to: ratios of divergences, and the table of the README."""
+"""Summaries of the rows of all networks: ratios of divergences, and the table of docs/benchmarks.md."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,15 +21,15 @@ LABELS = {
     "btc_jax, by shape": "btc_jax",
     "btc_jax, sensitivities, random inputs": "btc_jax, with `btc_sensitivity`",
 }
-"""Rows of btc_jax in the README."""
+"""Rows of btc_jax in docs/benchmarks.md."""
 FIRST, *BETTER = (f"btc_jax, {name}" for name in OURS)
 
 
 def summaries(results: Results) -> dict[str, list[Row]]:
-    """Tables by their titles."""
+    """Tables by title."""
     return {
-        "KL over that of the least error of the weights, geometric means": list(_ratios(results)),
-        "KL of btc_jax over that of llama.cpp at the same bits; above 1 llama.cpp is ahead": list(_against(results)),
+        "KL relative to that with the least error of the weights, geometric means": list(_ratios(results)),
+        "KL of btc_jax relative to llama.cpp at the same bits; above 1, llama.cpp is ahead": list(_against(results)),
     }
 
 
@@ -75,7 +75,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def markdown(results: Results) -> str:
-    """The table of the README: answers first, weights second."""
+    """The table of docs/benchmarks.md: answers first, then weights."""
     networks = [network for network in COLUMNS if network in results]
     head = ["bits", *(f"{COLUMNS[n]} KL" for n in networks), *(f"{COLUMNS[n]} dB" for n in networks[-2:])]
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
@@ -89,7 +89,7 @@ def markdown(results: Results) -> str:
 
 
 def _place(key: tuple[str, float | None], by_network: Sequence[Mapping[Any, Row]]) -> tuple[float, bool, str]:
-    """By bits, and btc_jax first among those of the same."""
+    """Sort key: by bits, with btc_jax first among equal bits."""
     bits = key[1] or round(by_network[0][key]["effective"], 1)
     return round(bits, 1), key[0] not in LABELS, key[0]
 

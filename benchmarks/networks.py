@@ -1,4 +1,4 @@
-"""The weights that quantizers are compared on, in PyTorch's layout, and an exam for those that are whole networks.
+"""Weights to compare quantizers on, in PyTorch's layout, with an exam for those that are whole networks.
 
 Three CIFAR-10 ResNets (files), a transformer (a package), two sets of random numbers, and any safetensors file. Nothing
 is downloaded.
@@ -20,12 +20,12 @@ Params = dict[str, np.ndarray]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = ("resnet20", "resnet32", "resnet56", "minilm", "gaussian", "laplace")
 
-MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # what these ResNets were trained with
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)  # as these ResNets were trained with
 STD = np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class MissingWeights(Exception):
-    """A weight set is not on this machine; the message says how to get it."""
+    """A weight set is not available; the message says how to get it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Exam:
 
     Attributes:
         rest: the network's arrays that are not quantized.
-        inputs, labels: the questions and the right answers.
+        inputs, labels: the inputs and the correct answers.
         reference: logits of the float network.
     """
 
@@ -44,14 +44,14 @@ class Exam:
     reference: np.ndarray
 
     def evaluate(self, params: Any) -> Evaluation:
-        """Answers with dense or packed weights in place of the float ones, held against the float network's."""
+        """Compare the answers with dense or packed weights to those of the float network."""
         dense = self.rest | btc_dequantize(params)  # before the call, so that all trees share one compiled forward pass
         return btc_evaluate(resnet, dense, self.inputs, self.labels, reference=self.reference)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSet:
-    """Weights to quantize, every one of them; with an exam if they are a network's."""
+    """Weights, all of which are quantized; with an exam if they form a network."""
 
     name: str
     params: Params
@@ -66,7 +66,7 @@ def load(name: str, data: Path = DATA) -> WeightSet:
     """One of `SETS`, from the folder `data` if it is a file there; or the path of a safetensors file.
 
     Raises:
-        MissingWeights: a file or a package is absent.
+        MissingWeights: if a file or a package is missing.
     """
     if name.endswith(".safetensors"):
         return WeightSet(Path(name).stem, _matrices(load_file(name)))
@@ -80,7 +80,7 @@ def load(name: str, data: Path = DATA) -> WeightSet:
 
 
 def cifar(name: str, data: Path = DATA) -> WeightSet:
-    """`data/cifar10_NAME.safetensors`, and 932 exact images of the CIFAR-10 test set to examine it with."""
+    """`data/cifar10_NAME.safetensors`, and 932 exact images of the CIFAR-10 test set to evaluate it on."""
     weights, images = data / f"cifar10_{name}.safetensors", data / "cifar10_test_932.npz"
     for path in (weights, images):
         if not path.is_file():
@@ -114,7 +114,7 @@ def gaussian() -> WeightSet:
 
 
 def laplace() -> WeightSet:
-    """Laplacian numbers with a standard deviation of 1."""
+    """Laplacian random numbers with a standard deviation of 1."""
     values = np.random.default_rng(1).laplace(scale=0.5**0.5, size=(1000, 1000))
     return WeightSet("laplace", {"weight": values.astype(np.float32)})
 
@@ -132,7 +132,7 @@ def resnet(params: Any, images: jax.Array) -> jax.Array:
 def _block(params: Any, prefix: str, x: jax.Array, stride: int) -> jax.Array:
     y = jax.nn.relu(_norm(params, prefix + "bn1", _conv(params[prefix + "conv1.weight"], x, stride)))
     y = _norm(params, prefix + "bn2", _conv(params[prefix + "conv2.weight"], y, 1))
-    # The shortcut has no weights: every other pixel, and zeros for the channels that are new.
+    # The shortcut has no weights: every other pixel, and zeros for the new channels.
     new = (y.shape[1] - x.shape[1]) // 2
     return jax.nn.relu(y + jnp.pad(x[:, :, ::stride, ::stride], ((0, 0), (new, new), (0, 0), (0, 0))))
 
@@ -143,7 +143,7 @@ def _conv(kernel: Any, x: jax.Array, stride: int) -> jax.Array:
 
 
 def _norm(params: Any, prefix: str, x: jax.Array) -> jax.Array:
-    """Batch norm as it stands in a trained network."""
+    """Batch norm with the statistics of a trained network."""
     scale = params[prefix + ".weight"] * jax.lax.rsqrt(params[prefix + ".running_var"] + 1e-5)
     shift = params[prefix + ".bias"] - params[prefix + ".running_mean"] * scale
     return x * scale[None, :, None, None] + shift[None, :, None, None]

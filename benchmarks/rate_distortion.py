@@ -1,11 +1,11 @@
-"""Error against stored bits: the codecs of btc_jax and other quantizers, on real weights, everything stored counted.
+"""Error against stored bits: btc_jax's codecs and other quantizers on real weights, counting everything stored.
 
     python -m benchmarks.rate_distortion [SET ...] [--data FOLDER] --output FOLDER
 
-Sets are resnet20, resnet32, resnet56, minilm, gaussian and laplace, all but resnet32 if none is named; or the paths of
-safetensors files in PyTorch's layout, of which every array with two axes or more is taken. Prints a table a set and
-writes a JSON file and a figure. Other quantizers take part where they are installed,
-pip install "btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder, for the next run.
+Sets are resnet20, resnet32, resnet56, minilm, gaussian and laplace (all but resnet32 by default), or paths of
+safetensors files in PyTorch's layout, whose arrays with two or more axes are quantized. Prints a table for each set,
+and writes a JSON file and a figure. Other quantizers are included if they are installed: pip install
+"btc_jax[benchmarks,peers-ggml,peers-torch]"; their figures are kept in the output folder for the next run.
 """
 
 import json
@@ -33,36 +33,36 @@ MULTILEVEL = {
     "Multilevel, exhaustive": (Multilevel(effort="exhaustive"), (3.0, 4.0, 4.5, 5.0, 6.0)),
     "Multilevel, a width a leaf": (Multilevel(width="leaf"), (3.0, 4.0, 4.5, 5.0, 6.0)),
 }
-"""Codecs and the bits that each is given."""
+"""Codecs and their budgets of bits."""
 COLUMNS = ("name", "effective", "SQNR dB", "relative dB", "KL", "agreement")
 
 
 def everything(codec: Codec) -> Policy:
-    """Quantizes every leaf, in the order PyTorch stores it."""
+    """A policy that quantizes every leaf, in PyTorch's memory layout."""
     return Policy(codec, names=("*",), min_size=0, order="stored")
 
 
 def ours(weights: WeightSet) -> Iterator[Row]:
-    """The rows of the codecs of btc_jax."""
+    """The rows of btc_jax's codecs."""
     for size, threshold in PAPER:
         names = {"name": f"BTC {size}, threshold {threshold:g}", "family": f"BTC {size}"}
         yield coded(weights, everything(Uniform(size, threshold=threshold)), names)
     for name, (codec, budgets) in MULTILEVEL.items():
         for bits in budgets:
             names = {"name": f"{name} {bits:g}", "family": name}
-            # Total error, as the figure and the table measure it.
+            # Minimize the total error, which the figure and the table measure.
             yield coded(weights, everything(codec), names, bits=bits, sensitivity="equal")
 
 
 def coded(weights: WeightSet, policy: Policy, names: dict[str, str], **target: Any) -> Row:
-    """The row of weights packed by `policy`; `target` goes to `btc_quantize`."""
+    """The row for weights packed by `policy`; `target` is passed to `btc_quantize`."""
     packed = btc_quantize(weights.params, policy=policy, **target)
     bits = 8 * sum(leaf.nbytes for leaf in packed.values())
     return measured(weights, btc_dequantize(packed), bits, **names, source="btc_jax")
 
 
 def compare(weights: WeightSet, peers: list[Peer], cache: Path, refresh: bool) -> list[Row]:
-    """The rows of all sides, by their bits."""
+    """The rows of all sides, sorted by bits."""
     what = f"{weights.name}: other quantizers"
     rows = [peer_row(weights, peer, cache, refresh) for peer in tracked(peers, what, True)]
     with rich.get_console().status(f"{weights.name}: btc_jax"):
@@ -87,7 +87,7 @@ def main(
     sets: Annotated[list[str] | None, typer.Argument(help="Sets of weights, or safetensors files.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of the CIFAR-10 networks and images.")] = networks.DATA,
     output: Annotated[Path, typer.Option(help="Folder for the results, the figure, and peers' figures.")] = Path("out"),
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the peers anew.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure the peers again.")] = False,
 ) -> None:
     peers = available(rich.print)
     results = {}
@@ -95,7 +95,7 @@ def main(
         results[weights.name] = compare(weights, peers, output / "peers", refresh)
         show(weights, results[weights.name])
     if not results:
-        raise typer.BadParameter("none of the sets is here")
+        raise typer.BadParameter("none of the sets is available")
     output.mkdir(parents=True, exist_ok=True)
     (output / "rate_distortion.json").write_text(json.dumps(results, indent=1))
     draw(results, output / "rate_distortion.svg")

@@ -1,4 +1,4 @@
-"""The figure of the comparison: a column a network, error above, divergence below, for those that were examined."""
+"""The figure of the comparison: one column per network, with error above and, where measured, divergence below."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.rows import Row
 
-# Colours of Okabe and Ito, told apart by the colour-blind too; families also differ by their marker.
+# Okabe and Ito's colours, which are safe for colour-blind readers; families also differ by their marker.
 LINES = {
     "Multilevel": ("btc_jax, multilevel codec", "#0072B2", 2.2),
     "BTC 64": ("btc_jax, the paper's codec, blocks of 64", "#56B4E9", 1.2),
@@ -27,14 +27,14 @@ NAMES = {"baselines": "plain uniform, absmax"}
 RANDOM = ("gaussian", "laplace")
 BITS = (2.3, 9.2)
 A_BIT = 20 * math.log10(2)
-GAP = "SQNR less 6.02 dB a bit, dB (higher is better)"
+GAP = "SQNR minus 6.02 dB per bit, dB (higher is better)"
 
 
 def draw(results: dict[str, list[Row]], path: Path) -> None:
-    """Writes the figure. Random numbers are in the tables only, unless there is nothing else.
+    """Write the figure. Random numbers are only in the tables, unless there is nothing else.
 
-    A bit more halves the error of any good quantizer, 6.02 dB. What is left when that is taken off lies level for a
-    quantizer that is equally good at all sizes, and shows how good.
+    One more bit halves the error of any good quantizer, which is 6.02 dB. With that subtracted, a quantizer that is
+    equally good at all rates gives a horizontal line, whose height shows how good it is.
     """
     shown = {name: rows for name, rows in results.items() if name not in RANDOM} or results
     examined = any("KL" in row for rows in shown.values() for row in rows)

@@ -1,4 +1,4 @@
-"""One row of the comparison: the stored bits of a set of weights, and what came back, measured alike for all sides."""
+"""One row of the comparison: the stored bits and errors of a set of weights, measured alike for all sides."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ from benchmarks.networks import Params, WeightSet
 from benchmarks.peers import Peer
 
 Row = dict[str, Any]
-"""`name`, `family`, `source`, `effective` (bits), `SQNR dB`, `relative dB`; `KL`, `agreement` and `accuracy` of a
+"""`name`, `family`, `source`, `effective` (bits), `SQNR dB`, `relative dB`; `KL`, `agreement` and `accuracy` for a
 network with an exam."""
 
 
 def measured(weights: WeightSet, decoded: Params, bits: float, **names: str) -> Row:
-    """The row of weights that were stored in `bits` in all and read back as `decoded`.
+    """The row for weights stored in `bits` in total and read back as `decoded`.
 
-    `SQNR dB` is that of all errors together, `relative dB` that of each leaf's errors over its own power.
+    `SQNR dB` is over all leaves together; `relative dB` averages each leaf's errors relative to its own power.
     """
     powers, noises, sizes = np.transpose([_sums(weights.params[path], decoded[path]) for path in weights.params])
     relative = np.sum(sizes * noises / np.maximum(powers, np.finfo(float).tiny)) / np.sum(sizes)
@@ -41,7 +41,7 @@ def peer_row(weights: WeightSet, peer: Peer, cache: Path, refresh: bool = False)
 
 
 def fingerprint(weights: WeightSet) -> str:
-    """A short hash of all weights, and of the exam."""
+    """A short hash of all weights and of the exam."""
     digest = hashlib.sha256()
     arrays = dict(weights.params)
     if weights.exam:

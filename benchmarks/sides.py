@@ -1,4 +1,4 @@
-"""One network quantized by one side, and what that did to its answers: the same leaves and draws for all sides."""
+"""One network quantized by one side, and the effect on its answers: the same leaves and draws for all sides."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from btc_jax.policy.kinds import order_of
 from btc_jax.tree import decide, flatten
 
 Row = dict[str, Any]
-"""`name`, `budget` (bits that btc_jax was asked for), `effective` (bits), `KL`, `worst KL` (99th percentile),
+"""`name`, `budget` (bits requested from btc_jax), `effective` (bits), `KL`, `worst KL` (99th percentile),
 `agreement`, `score`, `SQNR dB`."""
 
 OURS = {
@@ -32,11 +32,11 @@ OURS = {
     "sensitivities, random inputs": lambda exam: sensitivities(exam, real=False),
     "sensitivities, real inputs": lambda exam: sensitivities(exam, real=True),
 }
-"""Ways to share out bits, by what tables call them: `sensitivity` for a network."""
+"""Ways to allocate bits, by their names in tables: `sensitivity` for a network."""
 INPUTS = 64
 
 Decoded = tuple[Any, int]
-"""A tree with the leaves that were quantized as they were read back, and the bits of those."""
+"""A tree whose quantized leaves are dequantized again, and their stored bits."""
 
 
 @functools.lru_cache(4)
@@ -121,7 +121,7 @@ def _draw(exam: Exam, quantize: Callable[[Any], Decoded], number: int) -> tuple[
 
 
 class Permuted:
-    """A tree with the channels inside of some leaves permuted, and the way back. Draw 0 is the tree itself."""
+    """A tree with the channels within some leaves permuted, and the inverse. Draw 0 is the tree itself."""
 
     def __init__(self, tree: Any, paths: frozenset[str], draw: int):
         found, leaves, self._treedef = flatten(tree)
@@ -149,7 +149,7 @@ class Permuted:
 
 @dataclasses.dataclass
 class Kept:
-    """Rows of earlier runs, a file for each network."""
+    """Rows of earlier runs, one file for each network."""
 
     folder: Path
     refresh: bool = False
@@ -163,7 +163,7 @@ class Kept:
         return digest.hexdigest()[:12]
 
     def row(self, exam: Exam, key: str, compute: Callable[[], Row]) -> Row:
-        """The row of this key, computed if it is not there."""
+        """The row for this key, computed if it is missing."""
         file = self.folder / f"{re.sub(r'[^a-z0-9]+', '-', exam.name.lower())}.json"
         known = json.loads(file.read_text()) if file.is_file() else {}
         key = f"{key} on {fingerprint(exam)}"
@@ -178,7 +178,7 @@ class Kept:
 
 @functools.lru_cache(4)
 def fingerprint(exam: Exam) -> str:
-    """A short hash of weights and questions."""
+    """A short hash of weights and inputs."""
     digest = hashlib.sha256(f"{exam.draws}".encode())
     for array in (*flatten(exam.params)[1], exam.inputs, exam.labels):
         digest.update(np.ascontiguousarray(array).tobytes())

@@ -1,13 +1,13 @@
-"""Speed of packing and decoding, as ratios to copying the same float32 weights in memory.
+"""Speed of packing and decoding, relative to copying the same float32 weights in memory.
 
     python -m benchmarks.speed
 
-One 64 MiB leaf, a quarter of its blocks wide, on one core: a kernel in the default order, and one in the order in
-memory. All sides run interleaved in one process and are measured in processor time of the process, which other load on
-the machine disturbs least. The medians are printed as ratios to `memcpy`: above 1 is faster than copying. There are two
-tables: in warm memory, which an allocator that keeps it makes of what is freed; and in default settings, where fresh
-memory for each result is a part of the time, of ours and of others. `gguf` (numpy) and `qwix` (jax) take part where
-they are installed, pip install "btc_jax[benchmarks]", and so does llama.cpp, pip install "btc_jax[peers-ggml]".
+One 64 MiB leaf, a quarter of its blocks wide, on one core: a kernel in the default layout, and one in the layout in
+memory. All sides run interleaved in one process and are measured in processor time, which other load on the machine
+disturbs least. Medians are printed as ratios to `memcpy`: above 1 is faster than copying. There are two tables: with
+warm memory, from an allocator that keeps what is freed; and with default settings, where the time on all sides includes
+fresh memory for each result. `gguf` (numpy) and `qwix` (jax) are included if they are installed (pip install
+"btc_jax[benchmarks]"), and so is llama.cpp (pip install "btc_jax[peers-ggml]").
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ def weights(block_size: int) -> np.ndarray:
 
 
 ORDERS: dict[str, Order] = {"": "output-major", ", stored": "stored"}
-"""The default order, and the one in memory."""
+"""The default layout, and the one in memory."""
 
 
 def ours(leaf: jax.Array, block_size: int) -> dict[str, Call]:
@@ -85,7 +85,7 @@ def both_ways(name: str, leaf: jax.Array, codec: Codec) -> dict[str, Call]:
 
 
 def multilevel(leaf: jax.Array) -> dict[str, Call]:
-    """The multilevel codec at 4.5 bits: packing with the slope known, and with the search for it."""
+    """The multilevel codec at 4.5 bits: packing with a known slope, and with the search for it."""
     found = btc_allocate({"kernel": leaf}, bits=4.5).rules[0].codec
     assert isinstance(found, Multilevel)
     calls: dict[str, Call] = {"btc_jax multilevel, bits=4.5, encode": lambda: btc_quantize({"kernel": leaf}, bits=4.5)}
@@ -95,7 +95,7 @@ def multilevel(leaf: jax.Array) -> dict[str, Call]:
 
 
 def gguf_peers(leaf: np.ndarray) -> dict[str, Call]:
-    """llama.cpp's formats as the gguf package writes them, in numpy."""
+    """llama.cpp's formats as written by the gguf package, in numpy."""
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
@@ -140,7 +140,7 @@ def qwix_peers(leaf: jax.Array) -> dict[str, Call]:
 
 
 def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median processor seconds of each call, run in turn round after round; the first round warms up."""
+    """Median processor seconds of each call; the calls take turns in each round, and the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -164,7 +164,7 @@ def table(seconds: dict[str, float]) -> Table:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=1)] = 11,
-    block_sizes: Annotated[str, typer.Option(help="Block sizes, with commas.")] = "32,64,128",
+    block_sizes: Annotated[str, typer.Option(help="Block sizes, separated by commas.")] = "32,64,128",
     output: Annotated[
         Path | None, typer.Option(help="Write the medians as JSON to NAME-warm and NAME-default.")
     ] = None,

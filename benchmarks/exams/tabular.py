@@ -1,4 +1,4 @@
-"""The paper's MLP on rows of numbers, trained on the spot."""
+"""The paper's MLP on tabular data, trained when it is needed."""
 
 import functools
 import tempfile

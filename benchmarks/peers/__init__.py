@@ -1,9 +1,9 @@
 """Other quantizers, run through their own packages, each an optional install.
 
-A peer takes one leaf of float32 weights and gives back what its stored form stands for, and the bits of that form in
-full: codes, scales, zero points, padding, constants of the tensor. Tables that are the same for all tensors are part of
-a format and count for nothing. Leaves are read in their stored order, as rows of one group each, with the last group
-filled up with zeros that are counted. So no leaf is too narrow for a format.
+A peer takes one leaf of float32 weights and returns the dequantized leaf, and the total bits stored: codes, scales,
+zero points, padding, constants of the tensor. Tables shared by all tensors are part of the format and do not count.
+Leaves are read in their order in memory, as rows of one group each; the last group is padded with zeros, which count.
+So no leaf is too narrow for a format.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ INSTALLS = {
     "tiles": "qwix",
     "ao": "torchao",
 }
-"""Modules of peers, and the package that each of them runs."""
+"""Modules of peers, and the package that each one runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A quantizer that weights can be sent through.
+    """A quantizer from another package.
 
     Attributes:
-        name: what tables call it, told apart from all others; a number after a comma is the weights of a group.
-        family: peers that share a marker in figures.
-        reconstruct: leaf -> the leaf as it is read back, float32, and the bits that were stored.
+        name: its unique name in tables; a number after a comma is the group size.
+        family: peers of one family share a marker in figures.
+        reconstruct: leaf -> the dequantized float32 leaf, and the bits stored.
         source: its package and version.
     """
 
@@ -45,24 +45,24 @@ class Peer:
 
 
 def available(tell: Callable[[str], None] = print) -> list[Peer]:
-    """The peers whose packages are installed; `tell` hears one line of each that is not."""
+    """The peers whose packages are installed; `tell` gets one line for each that is not."""
     return [peer for module in INSTALLS for peer in peers_of(module, tell)]
 
 
 def peers_of(module: str, tell: Callable[[str], None] = print) -> Iterator[Peer]:
-    """The peers of one of `INSTALLS`, none if its package is absent."""
+    """The peers of one of `INSTALLS`; none if its package is missing."""
     package = INSTALLS[module]
     try:
         formats = importlib.import_module(f"benchmarks.peers.{module}").formats()
     except ImportError as error:
-        tell(f"{package} is left out: {error}. To have it: pip install {package}")
+        tell(f"{package} is left out: {error}. To include it: pip install {package}")
         return
     for name, (family, reconstruct) in formats.items():
         yield Peer(name, family, reconstruct, f"{package} {version(package)}")
 
 
 def in_rows(leaf: np.ndarray, size: int) -> np.ndarray:
-    """A leaf in stored order as float32 rows of `size` weights, the last one filled up with zeros."""
+    """A leaf, in its order in memory, as float32 rows of `size` weights, the last one padded with zeros."""
     flat = np.asarray(leaf, np.float32).reshape(-1)
     return np.pad(flat, (0, -flat.size % size)).reshape(-1, size)
 

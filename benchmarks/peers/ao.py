@@ -1,4 +1,4 @@
-"""torchao's integers with a float16 scale, and an integer zero point, for every group of weights."""
+"""torchao's integers, with a float16 scale and an integer zero point for every group of weights."""
 
 import functools
 from typing import Any
@@ -9,7 +9,7 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup, qu
 
 from benchmarks.peers import Reconstruct, as_leaf, in_rows
 
-# Bits of a code, weights in a group, whether there is a zero point.
+# Bits per code, group size, whether there is a zero point.
 FORMATS = ((3, 32, True), (4, 32, True), (4, 128, True), (8, 128, False))
 
 
@@ -27,6 +27,6 @@ def _reconstruct(bits: int, size: int, zeros: bool, leaf: np.ndarray) -> tuple[n
     mapping = MappingType.ASYMMETRIC if zeros else MappingType.SYMMETRIC
     quantize_(linear, IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), PerGroup(size), mapping, torch.float16))
     packed: Any = linear.weight
-    # The package holds codes and zero points in bytes; they are counted at their width.
+    # The package stores codes and zero points in bytes; they are counted at their width.
     stored = bits * (packed.qdata.numel() + zeros * packed.zero_point.numel()) + 8 * packed.scale.nbytes
     return as_leaf(packed.dequantize().float().detach().numpy(), leaf), stored

@@ -1,4 +1,4 @@
-"""The baselines of btc_jax itself."""
+"""btc_jax's own baselines."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""HQQ with its own optimizer: float16 scale and zero point for every group of weights along a row."""
+"""HQQ with its own optimizer: a float16 scale and zero point for every group of weights along a row."""
 
 import functools
 
@@ -21,5 +21,5 @@ def _reconstruct(bits: int, size: int, leaf: np.ndarray) -> tuple[np.ndarray, in
     stored = {name: meta[name].to(torch.float16) for name in ("scale", "zero")}
     meta |= {name: value.to(torch.float32) for name, value in stored.items()} | {"compute_dtype": torch.float32}
     decoded = Quantizer.dequantize(codes, meta)
-    # Counted as if packed without loss. The package packs ten 3-bit codes into 32 bits; that is not held against it.
+    # Counted as if packed without waste. The package packs ten 3-bit codes into 32 bits, which is not counted.
     return as_leaf(decoded.numpy(), leaf), bits * rows.numel() + 8 * sum(value.nbytes for value in stored.values())

@@ -1,6 +1,6 @@
-"""HIGGS of 4 bits: pairs of weights, after a Hadamard transform of their group, on the best grid of 256 points.
+"""4-bit HIGGS: pairs of weights, after a Hadamard transform of their group, on the optimal grid of 256 points.
 
-The package's kernels want CUDA; here its functions run with the torch references that it brings for those kernels.
+The package's kernels need CUDA; here its functions run with the torch reference kernels that it includes.
 """
 
 import functools
@@ -33,14 +33,14 @@ def _reconstruct(size: int, leaf: np.ndarray) -> tuple[np.ndarray, int]:
 
 @functools.cache
 def _signs(size: int) -> np.ndarray:
-    """Random signs before the transform, the same for every group, as the method's paper has them. The package leaves
-    them out, which costs it a decibel on convolutions."""
+    """Random signs before the transform, the same for every group, as in the method's paper. The package omits them,
+    which costs a decibel on convolutions."""
     return np.random.default_rng(0).choice(np.array((-1, 1), np.float32), size)
 
 
 @mock.patch.multiple(higgs_kernels.linear, **REFERENCES)
 def _part(rows: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-    """Some of the rows: the reference holds 256 numbers for every two weights."""
+    """Some of the rows at a time: the reference needs 256 numbers for every two weights."""
     grid = load_optimal_grid_2_256()
     codes, scales = higgs_kernels.linear.higgs_quantize_linear_2_256(torch.from_numpy(rows).half(), grid, size)
     decoded = higgs_kernels.linear.higgs_dequantize_linear_2_256(codes, scales, grid, size)

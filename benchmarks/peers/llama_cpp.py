@@ -1,6 +1,6 @@
-"""llama.cpp's formats, through the shared library that the package llama-cpp-python is built with.
+"""llama.cpp's formats, through the shared library of the package llama-cpp-python.
 
-What runs is what `llama-quantize` runs without an importance matrix, single-threaded, and the decoder of the reference.
+This runs what `llama-quantize` runs without an importance matrix, single-threaded, and the reference decoder.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.peers import Reconstruct, as_leaf, in_rows
 
-# The numbers stand in GGUF files, so they never change.
+# The numbers are stored in GGUF files, so they never change.
 TYPES = {
     "Q4_0": 2,
     "Q4_1": 3,
@@ -62,7 +62,7 @@ class Format:
         return self._traits.blck_size
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Contiguous float32 weights, a multiple of `group`, as the bytes of a GGUF tensor of one row."""
+        """Encode contiguous float32 weights, a multiple of `group`, as the bytes of a one-row GGUF tensor."""
         stored = np.empty(rows.size // self.group * self._traits.type_size, np.uint8)
         written = self._ggml.ggml_quantize_chunk(self.number, _at(rows), _at(stored), 0, 1, rows.size, None)
         assert written == stored.nbytes
@@ -90,10 +90,10 @@ class _Init(ctypes.Structure):
 
 
 def matrix_product(kind: str, weights: np.ndarray, x: np.ndarray) -> Callable[[], np.ndarray]:
-    """llama.cpp's own product of float32 rows `x` and a matrix `[outputs, inputs]` that it quantized, on one thread.
+    """llama.cpp's own product of float32 rows `x` and a quantized matrix `[outputs, inputs]`, on one thread.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: if llama.cpp is not installed.
     """
     form, base, cpu = Format(kind), _library(), ctypes.CDLL(str(next(_folder().glob("*ggml-cpu.*"))))
     for function in ("ggml_init", "ggml_new_tensor_2d", "ggml_mul_mat", "ggml_new_graph", "ggml_get_data"):
@@ -119,7 +119,7 @@ def matrix_product(kind: str, weights: np.ndarray, x: np.ndarray) -> Callable[[]
 
 
 def _folder() -> Path:
-    """Where its libraries are, without importing the package, which would load all of llama.cpp."""
+    """The folder of its libraries, without importing the package, which would load all of llama.cpp."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("No module named 'llama_cpp'")

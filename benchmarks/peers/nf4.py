@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4: blocks of 64, with their absolute maxima quantized to 8 bits once more."""
+"""bitsandbytes' NF4: blocks of 64, whose absolute maxima are in turn quantized to 8 bits."""
 
 from typing import Any
 
