@@ -1,4 +1,4 @@
-"""The codecs in plain numpy, block by block: an independent calculation to hold the package against."""
+"""The codecs in plain numpy, block by block: an independent implementation to compare the package with."""
 
 import numpy as np
 from scipy.fft import dctn, idctn
@@ -55,13 +55,13 @@ def multilevel_grid(header, step):
 
 
 def escaped_middle(half, width):
-    """Where a grid has to lie for its code n / 2 to be the centre."""
+    """The middle of a grid whose code n / 2 is the centre."""
     n = 2**width
     return -half * (0.75 / n + 0.25 / n**3) if width else 0.0
 
 
 def multilevel_levels(header, step, centre=0.0, width=None):
-    """What the codes of a block stand for: `2 ** width` weights, ascending. Without payload, one."""
+    """The levels of a block: `2 ** width` weights, ascending; without payload, one."""
     own, half, middle = multilevel_grid(header, step)
     n = 2 ** (own if width is None else width)
     if 0 < header < 8 and width is not None:
@@ -71,7 +71,7 @@ def multilevel_levels(header, step, centre=0.0, width=None):
 
 
 def nearest(levels, block):
-    """Index of the nearest of ascending levels for each weight."""
+    """Index of the nearest level for each weight; levels are ascending."""
     return np.searchsorted((levels[1:] + levels[:-1]) / 2, block)
 
 
@@ -86,7 +86,7 @@ def multilevel_costs(blocks, step, centre, slope, bits_per_width):
 
 
 def unpacked_rows(plane, bits, block_size):
-    """The codes in the rows of a plane: words cut into runs of J, code `j + i * J` of a run in bits `i * bits`."""
+    """The codes in the rows of a plane: words in runs of J, with code `j + i * J` of a run in bits `i * bits`."""
     rows, words = plane.shape
     run, lanes = np.gcd(words, 8), 8 * plane.itemsize // bits
     shifts = bits * np.arange(lanes, dtype=plane.dtype)
@@ -124,14 +124,14 @@ def multilevel_blocks(tensor):
 
 
 def run_of(ndim, order):
-    """Axes in the order in which the weights run, and how many of the first are transformed."""
+    """Axes in layout order, and how many of the first are transformed."""
     axes = list(range(ndim))
     channels, taps = (axes[:2], axes[2:]) if order.startswith("stored") else (axes[::-1][:2], axes[:-2])
     return (taps + channels, len(taps)) if order.endswith("taps") else (channels + taps, 0)
 
 
 def flattened(leaf, order):
-    """The numbers that run through the blocks of a leaf."""
+    """The numbers of a leaf in the order of its blocks."""
     run, taps = run_of(np.ndim(leaf), order)
     placed = np.asarray(leaf, np.float64).transpose(run)
     transformed = dctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed
@@ -139,7 +139,7 @@ def flattened(leaf, order):
 
 
 def unflattened(flat, shape, order):
-    """The leaf through whose blocks these numbers run; inverse of `flattened`."""
+    """The leaf with these numbers in its blocks; the inverse of `flattened`."""
     run, taps = run_of(len(shape), order)
     placed = np.reshape(flat, [shape[axis] for axis in run])
     plain = idctn(placed, axes=range(taps), norm="ortho") if taps and placed.size else placed
@@ -153,7 +153,7 @@ def multilevel_decoded(tensor):
 
 
 def sqnr_db(original, decoded):
-    """Signal to quantization noise; infinite without noise."""
+    """Signal-to-quantization-noise ratio in dB; infinite without noise."""
     original, decoded = np.asarray(original, np.float64), np.asarray(decoded, np.float64)
     noise = ((original - decoded) ** 2).sum()
     return 10 * np.log10((original**2).sum() / noise) if noise else np.inf

@@ -1,4 +1,4 @@
-"""Targets for whole trees: met from below with little unused, shared out as asked, or refused in one clear line."""
+"""Targets for whole trees: met from below with little unused, allocated as requested, or refused in one clear line."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_rmse_is_met(rmse):
 
 
 def test_leaves_that_are_looked_at_in_part_meet_the_target_as_a_whole():
-    """One with more weights than are looked at while the slope is searched for, and where those mislead."""
+    """A leaf with more weights than the slope search samples, and whose sample misleads."""
     leaf = np.random.default_rng(0).standard_normal((500, 500)).astype(np.float32)
     leaf[:20] *= 30
     for bits in (1.5, 4.5):
@@ -254,7 +254,7 @@ def test_bad_weight(weight):
         Rule("*", Multilevel(), weight=weight)
 
 
-# Bits are shared out as asked
+# Bits are allocated as requested
 
 
 def test_a_weight_shifts_bits_to_a_leaf():
@@ -265,12 +265,12 @@ def test_a_weight_shifts_bits_to_a_leaf():
         assert 3.98 <= all_bits(packed) <= 4
         bits.append(bits_of(packed["1/kernel"]))
     assert bits == sorted(bits)
-    # Four times the weight is half the step, or one bit; of which the other two leaves pay a third each.
+    # Four times the weight is half the step, or one bit; the other two leaves each give up a third of a bit.
     assert 0.5 < bits[2] - bits[1] < 0.8
 
 
 def test_one_slope_serves_all_leaves_best():
-    """With total error as the aim, no bit moved from one leaf to another helps."""
+    """If the total error is minimized, moving a bit from one leaf to another never helps."""
     tree = tree_of((1.0, 0.5, 2.0))
     best = totals(tree, btc_quantize(tree, bits=4, sensitivity="equal"))[0]
     for path, weight in (("0/*", 1.5), ("0/*", 0.7), ("2/*", 1.5), ("2/*", 0.7)):
@@ -299,7 +299,7 @@ def test_an_automatic_threshold_follows_the_scale(exponent):
     codec = Uniform(threshold="auto")
     scaled = {path: np.ldexp(leaf, exponent) for path, leaf in TREE.items()}
     plain, packed = (btc_quantize(tree, codec, bits=5.5) for tree in (TREE, scaled))
-    # One block of 64 more with 8 bits is 0.02 bits of the 12288 weights.
+    # One more block of 64 with 8 bits is 0.02 bits for each of the 12288 weights.
     assert 5.5 - 4 * 64 / 12288 <= all_bits(packed) <= 5.5
     for path in ("0/kernel", "1/kernel", "2/kernel"):
         assert np.array_equal(packed[path].header["wide"], plain[path].header["wide"])
@@ -309,7 +309,7 @@ def test_an_automatic_threshold_follows_the_scale(exponent):
 def test_one_width_a_leaf():
     codec = Multilevel(width="leaf")
     packed = btc_quantize(TREE, codec, bits=4.0)
-    assert 4 - 1 / 3 < all_bits(packed) <= 4  # less than a bit of one of three leaves is left
+    assert 4 - 1 / 3 < all_bits(packed) <= 4  # less than a bit of one of three leaves is unused
     for path in ("0/kernel", "1/kernel", "2/kernel"):
         leaf = packed[path]
         assert type(leaf.format.width) is int
@@ -338,7 +338,7 @@ def test_a_bit_more_of_one_width_is_about_6_db():
 
 def test_every_rate_is_within_reach_of_a_leaf():
     leaf = {"kernel": TREE["0/kernel"]}
-    for bits in (0.3, 8.0):  # of 128 blocks; one with a bit more is 0.008 bits
+    for bits in (0.3, 8.0):  # 128 blocks; one more bit in one of them is 0.008 bits
         assert bits - 0.008 <= all_bits(btc_quantize(leaf, bits=bits)) <= bits
     assert set(np.asarray(btc_quantize(leaf, bits=0.3)["kernel"].widths).tolist()) >= {0}
     assert set(np.asarray(btc_quantize(leaf, bits=8.0)["kernel"].widths).tolist()) <= {7, 8}
@@ -354,7 +354,7 @@ def test_leaves_of_scales_far_apart_keep_every_rate(sensitivity):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_default_starves_no_leaf(seed):
-    """Leaves 0.01 to 100 times as large, as batch norm leaves them when it is folded in."""
+    """Leaves 0.01 to 100 times as large, as after folding in batch norm."""
     tree = tree_of(10.0 ** np.random.default_rng(seed).uniform(-2, 2, 8), seed)
     for bits in (4.0, 5.0):
         packed = btc_quantize(tree, bits=bits)
@@ -411,7 +411,7 @@ def test_the_scale_of_a_network_changes_neither_widths_nor_codes(sensitivity):
             assert np.array_equal(leaf.header["header"], scaled[path].header["header"])
             expected, found = leaf.dequantize(), scaled[path].dequantize() / np.float32(factor)
             differences += (np.abs(expected - found) > 1e-5 * np.abs(expected).max()).sum()
-        # Scaling rounds the weights, and one that lay between two levels may come to lie with the other.
+        # Scaling rounds the weights, so a weight midway between two levels may move to the other one.
         assert differences <= 1e-5 * sum(leaf.size for leaf in weights.values())
 
 

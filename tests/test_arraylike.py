@@ -1,4 +1,4 @@
-"""A packed leaf behaves as the array that it decodes to, and says what to do where it cannot."""
+"""A packed leaf behaves like the array that it decodes to, and says what to do where it cannot."""
 
 import operator
 from typing import Any
@@ -18,7 +18,7 @@ from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed
 CODECS = [Uniform(32, threshold=0.0), Multilevel(slope=0.004)]
 
 
-def leaf(codec=CODECS[0], shape=(6, 16)) -> Any:  # type checkers know no arrays but those of JAX
+def leaf(codec=CODECS[0], shape=(6, 16)) -> Any:  # type checkers know only JAX's arrays
     return quantize_leaf(np.random.default_rng(0).standard_normal(shape).astype(np.float32), codec)
 
 
@@ -85,7 +85,7 @@ NOT_TRIED = {
 def test_every_public_attribute_of_arrays_is_there():
     public = {name for name in dir(jax.Array) if not name.startswith("_")}
     assert public <= set(dir(leaf()))
-    assert public <= {*METHODS, *ATTRIBUTES, *NOT_TRIED}  # one that JAX adds wants a line above
+    assert public <= {*METHODS, *ATTRIBUTES, *NOT_TRIED}  # a new one in JAX needs a line above
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -235,7 +235,7 @@ def test_layers_that_call_lax(codec):
         np.testing.assert_allclose(found, net.apply(btc_dequantize(params), x), rtol=1e-5, atol=1e-6)
 
 
-# What is not passed on.
+# Not delegated.
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -289,7 +289,7 @@ def test_a_leaf_changed_under_jit_decodes_to_nan(function, codec):
 
 
 class Pending:
-    """What the seal asks of an array, for one whose values a device may still be computing."""
+    """What the seal needs of an array whose values a device may still be computing."""
 
     is_fully_addressable, is_fully_replicated = True, False
 

@@ -14,14 +14,14 @@ BASELINES = [uniform8(), percentile8(), percentile8(95), absmax4(32)]
 
 
 def weights(shape, seed=0, scale=0.1):
-    """Weights with channels of different spread, and a few outliers."""
+    """Weights whose channels have different spreads, with a few outliers."""
     rng = np.random.default_rng(seed)
     w = rng.standard_t(3, shape) * rng.uniform(0.1, 1, shape[-1])
     return (scale * w).astype(np.float32)
 
 
 def on_grid(w, low, high):
-    """Rounds float64 weights to 256 levels from low to high; what lies outside is clipped."""
+    """Round float64 weights to 256 levels from low to high, clipping the rest."""
     if high == low:
         return np.full_like(w, low)
     position = (w - low) / (high - low) * 255
@@ -42,7 +42,7 @@ def absmax_reference(groups):
 
 
 def reference(reconstruct, leaf, group):
-    """The leaf that a baseline makes, flat in output-major order, in float64."""
+    """The leaf that a baseline returns, flat in output-major order, in float64."""
     flat = oracle.output_major(leaf).astype(np.float64)
     starts = range(0, flat.size, group)
     return np.concatenate(reconstruct([flat[i : i + group] for i in starts]))

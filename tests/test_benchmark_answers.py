@@ -1,4 +1,4 @@
-"""The benchmark of answers: all sides quantize the same weights in the same draws, and its tables say who is ahead."""
+"""The benchmark of answers: all sides quantize the same weights in the same draws, and its tables show who is ahead."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_all_sides_quantize_the_same_weights_and_count_them():
     seen = []
     theirs, mine = of_peer(EXAM, coarse(seen)), ours(EXAM, "by shape", 5.0)
     assert quantized_paths(EXAM) == {"first/kernel", "out.weight"}
-    assert set(seen) == {(64, 16), (10, 64)}  # PyTorch's layout of both
+    assert set(seen) == {(64, 16), (10, 64)}  # both in PyTorch's layout
     assert theirs["effective"] == 5.0
     assert 4.9 < mine["effective"] <= 5.0
     for row in (theirs, mine):

@@ -1,4 +1,4 @@
-"""The other side of the comparison: peers count what they store, and are as good as they are known to be."""
+"""The peers of the comparison: they count what they store, and perform as they are known to."""
 
 import functools
 import json
@@ -16,11 +16,11 @@ from benchmarks import networks, peers, rate_distortion
 from benchmarks.networks import WeightSet
 from benchmarks.rows import measured, peer_row
 
-# The packages warn of things of their own when they are imported.
+# The packages raise warnings of their own on import.
 pytestmark = pytest.mark.filterwarnings("default")
 
-# Weights in the unit of storage, bits of a unit, and dB on Gaussian numbers as an earlier measurement had them: with
-# the packages themselves for llama.cpp, NF4 and HQQ, with models of the formats for the others.
+# Weights per unit of storage, bits per unit, and dB on Gaussian numbers from an earlier measurement: with the packages
+# themselves for llama.cpp, NF4 and HQQ, with models of the formats for the others.
 DOCUMENTED = {
     "llama.cpp Q2_K": (256, 84 * 8, 10.55),
     "llama.cpp Q3_K": (256, 110 * 8, 16.42),
@@ -58,7 +58,7 @@ MODULES = [module for module in peers.INSTALLS if module != "baselines"]
 
 @pytest.fixture(autouse=True)
 def usual_promotion():
-    """Other packages mix dtypes and ranks as jax lets them."""
+    """Other packages rely on jax's promotion of dtypes and ranks."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -78,7 +78,7 @@ def sqnr(weights, decoded):
 
 
 def expected_bits(name, weights):
-    if name == NF4:  # a byte for each block of 64, a float32 for 256 of those, and one for the tensor
+    if name == NF4:  # a byte per block of 64, a float32 per 256 of those, and one per tensor
         blocks = -(-weights // 64)
         return blocks * (64 * 4 + 8) + -(-blocks // 256) * 32 + 32
     unit, bits, _ = DOCUMENTED[name]
@@ -213,5 +213,5 @@ def test_an_exam_tells_how_far_weights_moved_the_answers():
     noisy = {path: w + 0.1 * w.std() * rng.standard_normal(w.shape, np.float32) for path, w in params.items()}
     result = exam.evaluate(noisy)
     assert result.examples == 932
-    assert 0.01 < (result.kl or 0) < 0.2  # as of the 4-bit formats, which have 20 dB too
+    assert 0.01 < (result.kl or 0) < 0.2  # as for the 4-bit formats, which also have 20 dB
     assert 0.9 < (result.agreement or 0) < 1

@@ -1,4 +1,4 @@
-"""What is saved comes back: containers, dtypes, codecs, devices; and the file is what the specification says."""
+"""Saved trees are restored: containers, dtypes, codecs, devices; and files follow the specification."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ SMALL = Policy(Uniform(32), min_size=0)
 
 
 def same(a: Any, b: Any) -> None:
-    """Two trees have the same leaves, bit by bit."""
+    """Check that two trees have the same leaves, bit for bit."""
     leaves = [jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)[0] for tree in (a, b)]
     assert [keys for keys, _ in leaves[0]] == [keys for keys, _ in leaves[1]]
     for (_, x), (_, y) in zip(*leaves, strict=True):
@@ -79,7 +79,7 @@ def params(sizes=(64, 96, 32)):
 
 
 def tensor_bytes(path: Path) -> int:
-    """Bytes of all tensors, as another reader of safetensors sees them."""
+    """Bytes of all tensors, as read by another safetensors reader."""
     with safetensors.safe_open(path, "np") as opened:
         return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118
 
@@ -161,7 +161,7 @@ def test_dtypes(file):
     same(loaded, tree)
     assert isinstance(loaded["bfloat16"], jax.Array)
     assert isinstance(loaded["int4"], jax.Array)
-    assert isinstance(loaded["int64"], np.ndarray)  # jax would cut it to 32 bits
+    assert isinstance(loaded["int64"], np.ndarray)  # jax would truncate it to 32 bits
     assert isinstance(loaded["complex128"], np.ndarray)
     assert jax.random.normal(loaded["key"]) == jax.random.normal(jax.random.key(7))
 
@@ -228,7 +228,7 @@ def test_nnx_states(file, pack):
     x = jnp.ones((2, 32))
     assert np.array_equal(nnx.merge(graphdef, loaded)(x), nnx.merge(graphdef, tree)(x))
     again = load(file, like=tree)
-    assert jax.tree.structure(again) == jax.tree.structure(tree)  # the tags of its variables too
+    assert jax.tree.structure(again) == jax.tree.structure(tree)  # including the tags of its variables
     same(again, tree)
 
 
@@ -518,7 +518,7 @@ def test_concurrent_writers(file, shards):
 
 
 def test_a_lock_on_a_file_that_moved_away_locks_nothing(file, monkeypatch):
-    """The writer before may finish between the open and the lock; then the open file is the checkpoint itself."""
+    """The previous writer may finish between the open and the lock; then the open file is the checkpoint itself."""
     fcntl = files_module.fcntl
     save(file, {"a": 1})
     content, flock, moved = file.read_bytes(), fcntl.flock, []

@@ -31,7 +31,7 @@ RNG = np.random.default_rng(0)
 
 
 def btc(*args):
-    """Exit code, stdout and stderr. An exception that is no exit fails the test."""
+    """Exit code, stdout and stderr. An exception other than an exit fails the test."""
     result = CliRunner().invoke(commands.app, [str(arg) for arg in args], catch_exceptions=False)
     return result.exit_code, result.stdout, result.stderr
 
@@ -190,7 +190,7 @@ class TestQuantize:
 
 class TestTargets:
     def made(self, source, target, *options):
-        """What `quantize` said, after every other command has read the result."""
+        """The output of `quantize`, after every other command has read its result."""
         done = as_json("quantize", source, target, "--min-size", 1000, "--force", *options)
         assert as_json("verify", target)["ok"]
         found = as_json("inspect", target)

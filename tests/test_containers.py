@@ -1,4 +1,4 @@
-"""Containers in files: any nesting of them comes back, or saving says what will not, and a template gives all of it."""
+"""Containers in files: any nesting is restored, or saving says what is not, and a template restores all of it."""
 
 import collections
 import warnings
@@ -22,7 +22,7 @@ from tests.test_checkpoint import same
 
 PACKED = [quantize_leaf(jnp.linspace(-1, 1, 8 * n).reshape(n, 8), Uniform(8, threshold=0.1)) for n in (1, 3)]
 ARRAYS = [jnp.arange(3.0), jnp.ones((2, 1), jnp.bfloat16), np.zeros((0, 2)), np.arange(2, dtype=np.int64), *PACKED]
-"""A pool, so that one object often stands at several places."""
+"""A pool, so that one object often occurs at several places."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_any_tree_comes_back(file, tree, shards):
 
 
 def identities(tree: Any) -> list[int]:
-    """For each array, the first place where the same object stands."""
+    """For each array, the first place where the same object occurs."""
     leaves = [
         x for x in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(x) or isinstance(x, jax.Array | np.ndarray)
     ]
@@ -91,7 +91,7 @@ def test_common_trees_are_saved_without_a_word(file, tree):
     assert jax.tree.structure(load(file)) == jax.tree.structure(tree)
 
 
-# Variables of NNX
+# NNX variables
 
 
 class MyParam(nnx.Param):
@@ -144,7 +144,7 @@ def test_metadata_that_json_does_not_have(file):
     assert load(file, like=tree)["a"].get_metadata("function") is len
 
 
-# Boxes of Linen
+# Linen boxes
 
 
 class Boxed(nn.Module):

@@ -1,7 +1,7 @@
-"""Nothing is silent: each flipped bit, each missing byte and each byte too many of a checkpoint is an error.
+"""No damage is silent: each flipped bit, missing byte and extra byte of a checkpoint is an error.
 
-No flip is harmless. The length and the whole header are compared, byte for byte, with what the manifest implies, spaces
-at the end included; the manifest has a checksum, and so has each tensor; and there is nothing between and after them.
+No flip is harmless. The length and the whole header are compared, byte for byte, with what the manifest implies,
+including trailing spaces; the manifest and each tensor have a checksum; and there is nothing between or after them.
 """
 
 import random
@@ -77,7 +77,7 @@ def test_every_flipped_bit_is_an_error(checkpoint):
     places = [(file, part, span) for file in files for part, span in parts(file).items() if span]
     names = {part for _, part, _ in places}
     for flip in range(FLIPS):
-        # One in two falls anywhere, the others on each part alike, since some are small.
+        # Half of the flips fall anywhere; the others are spread evenly over the parts, since some are small.
         if flip % 2:
             file, part, span = places[flip // 2 % len(places)]
             offset = rng.choice(span)

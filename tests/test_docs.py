@@ -1,4 +1,4 @@
-"""What README.md and the pages in docs show: every Python block runs, every `btc` line does what it says."""
+"""README.md and the pages in docs: every Python block runs, every `btc` line does what it says."""
 
 import importlib.util
 import re
@@ -25,7 +25,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page, language):
-    """The code blocks of a page, below as many empty lines as there are lines before them."""
+    """The code blocks of a page, padded with empty lines to keep their line numbers."""
     text = page.read_text()
     found = [match for match in BLOCK.finditer(text) if match[1] == language]
     return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
@@ -42,7 +42,7 @@ class Layers(nn.Module):
 
 
 class Model(nn.Module):
-    """A small network whose layers have the names that the pages use."""
+    """A small network whose layers have the names used on the pages."""
 
     @nn.compact
     def __call__(self, x):
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 @pytest.fixture(scope="module")
 def presupposed():
-    """The names that a reader of the pages has already: a trained model and what measures it."""
+    """The names that the pages presuppose: a trained model and functions to measure it."""
     model, images = Model(), jax.random.normal(jax.random.key(0), (32, 8, 8))
     params = model.init(jax.random.key(1), images)["params"]
 
@@ -74,7 +74,7 @@ def test_python_blocks_run(page, presupposed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = dict(presupposed)
     for block in blocks(page, "python"):
-        with jax.numpy_dtype_promotion("standard"):  # as users have it, who write optax.adam(1e-2)
+        with jax.numpy_dtype_promotion("standard"):  # the default for users, who write optax.adam(1e-2)
             exec(compile(block, str(page), "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""The default policy on trees of shapes with the parameter names of real models: which leaves it packs, and why not."""
+"""The default policy on trees of shapes with the parameter names of real models: which leaves it packs, and why."""
 
 import equinox as eqx
 import haiku as hk
@@ -23,9 +23,9 @@ def under(prefix, leaves, separator="/"):
 
 
 PACKED, STORED = "default", "default, stored"
-"""Packed, in the order `output-major` or as stored."""
+"""Packed, in the layout `output-major` or as stored."""
 
-# Each family: the path of a leaf -> its shape, and what becomes of it.
+# For each family: the path of a leaf -> its shape, and the decision on it.
 
 GEMMA = {
     "transformer/embedder/input_embedding": ((V, D), STORED),
@@ -131,7 +131,7 @@ MAXTEXT_TOP = {
     "params/params/decoder/logits_dense/kernel": ((D, V), PACKED),
 }
 MAXTEXT = MAXTEXT_TOP | under("params/params/decoder/layers_0", MAXTEXT_LAYER)
-# Stacked along axis 1, as MaxText has it: 128 layers, so that the stacked norms and biases are as large as matrices.
+# Stacked along axis 1, as in MaxText: 128 layers, so that the stacked norms and biases are as large as matrices.
 MAXTEXT_SCANNED = MAXTEXT_TOP | under(
     "params/params/decoder/layers", {name: (stack(shape, 1, 128), why) for name, (shape, why) in MAXTEXT_LAYER.items()}
 )
@@ -220,7 +220,7 @@ UNET = {
     "mid_block/attentions_0/norm/scale": ((D,), "norm"),
     "conv_norm_out/scale": ((D,), "norm"),
     "conv_out/bias": ((4,), "bias"),
-    # PyTorch's names: diffusion transformers have linear layers inside of their norms
+    # PyTorch's names: diffusion transformers have linear layers inside their norms
     "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.weight": ((8 * D, D), STORED),
     "transformer_blocks.0.norm1.linear.weight": ((6 * D, D), STORED),
     "norm_out.linear.weight": ((2 * D, D), STORED),
@@ -273,7 +273,7 @@ BERT = {
 OTHERS = {
     "transformer.wte.weight": ((V, D), STORED),  # GPT-2
     "transformer.wpe.weight": ((V, D), "position table"),
-    "transformer.h.0.attn.bias": ((1, 1, V, V), "bias"),  # a causal mask by that name
+    "transformer.h.0.attn.bias": ((1, 1, V, V), "bias"),  # a causal mask of that name
     "transformer.h.0.ln_1.weight": ((D,), "norm"),
     "shared.weight": ((V, D), STORED),  # T5
     "encoder.block.0.layer.0.SelfAttention.q.weight": ((D, D), STORED),
@@ -319,7 +319,7 @@ FAMILIES = {
 
 
 def verdicts(tree):
-    """What becomes of each leaf: its reason, with the order if it is packed as stored."""
+    """The decision on each leaf: its reason, with the layout if it is packed as stored."""
     stored = {True: STORED, False: PACKED}
     return {
         row.path: stored[row.order == "stored"] if row.codec and row.reason == "default" else row.reason

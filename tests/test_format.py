@@ -1,4 +1,4 @@
-"""Files are what docs/format.md says: a reader written from it alone decodes them."""
+"""Files follow docs/format.md: a reader written from it alone decodes them."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_a_reader_of_the_specification_decodes_the_golden_files(name):
 
 
 def magnitude(packed, decoded):
-    """The largest weight of each block, or of the leaf where blocks are mixed; so large are the terms in float32."""
+    """The largest weight of each block, or of the leaf where blocks are mixed: the magnitude of the float32 terms."""
     largest = np.abs(decoded.astype(np.float64)).reshape(-1)
     if packed.order == "stored":
         filled = np.pad(largest, (0, packed.num_blocks * packed.format.block_size - largest.size))

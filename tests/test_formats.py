@@ -1,4 +1,4 @@
-"""Formats of one's own, which look at whole blocks, and other implementations of those of the library."""
+"""Custom formats that decode whole blocks, and other implementations of the library's formats."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from btc_jax.backends import REFERENCE, Backend, backend_for, register_backend
 
 @dataclasses.dataclass(frozen=True)
 class SummedFormat(Format):
-    """Weights are sums of all codes up to theirs: none can be decoded alone."""
+    """Weights are prefix sums of codes, so none can be decoded alone."""
 
     id: ClassVar[str] = "tests-summed"
 

@@ -1,4 +1,4 @@
-"""`fused`: the answers of the function itself, for every kind of model, with one dense leaf at a time."""
+"""`fused` gives the function's own results, for every kind of model, with one dense leaf at a time."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ LINEN = {
 
 
 def check(function, *args, tolerance=1e-5):
-    """Equal answers, as an argument and closed over."""
+    """Check for equal results, with parameters as an argument and closed over."""
     found = jax.jit(fused(function))(*args)
     closed = jax.jit(lambda *rest: fused(lambda *rest: function(args[0], *rest))(*rest))(*args[1:])
     for expected, *others in zip(*map(jax.tree.leaves, (jax.jit(function)(*args), found, closed)), strict=True):
@@ -220,7 +220,7 @@ def test_two_dense_leaves_at_most(target):
     packed = btc_quantize(model.init(KEY, x), **target)
     leaf, activations = 512 * 512 * 4, 2 * x.nbytes
     assert temporaries(fused(model.apply), packed, x) <= 2 * leaf + activations + 2**14
-    assert temporaries(model.apply, packed, x) > 2.5 * leaf  # or there is nothing to show
+    assert temporaries(model.apply, packed, x) > 2.5 * leaf  # otherwise the test shows nothing
 
 
 def test_one_equation_decodes_a_leaf():

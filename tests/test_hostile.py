@@ -1,4 +1,4 @@
-"""Nothing that a file says is believed: each lie is refused by name, in little memory and time."""
+"""Nothing in a file is trusted: each invalid file is refused by name, with little memory and time."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ LARGE = {
     if name.startswith(("header_of_many", "header_of_100_mb", "index_too", "tuple", "many_leaves"))
     or name.endswith(("_leaves", "_many_dicts", "_all_sizes"))
 }
-"""Slow under the type checker that follows each call."""
+"""Slow under the type checker, which checks every call."""
 
 
 def test_the_forge_tells_the_truth_too(tmp_path):
@@ -47,7 +47,7 @@ def test_the_forge_tells_the_truth_too(tmp_path):
 @pytest.mark.parametrize("name", ["step", "centre"])
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, -1, -0.0, 1e-42, 3e38])
 def test_a_number_that_no_encoder_writes_gives_other_weights_and_no_harm(name, number, tmp_path):
-    """It cannot be told from damage that has a right checksum; so it is calculated with."""
+    """It cannot be distinguished from valid data with a correct checksum, so it is decoded as it is."""
     file = multilevel(tmp_path, lambda _, arrays: arrays.update({name: np.array([number], np.float32)}))
     assert btc_jax.verify(file).ok
     decoded = np.asarray(btc_jax.load(file, dense=True)["w"])
@@ -66,7 +66,7 @@ def test_each_lie_is_refused(name, tmp_path):
 
 
 def test_each_lie_takes_little_memory_and_time(tmp_path):
-    """In one process without the type checker, of which no lie makes the memory grow by more."""
+    """Run in one process without the type checker; no invalid file may increase its memory by more."""
     paths = []
     for name, lie in LIES.items():
         (tmp_path / name).mkdir()
@@ -106,7 +106,7 @@ OTHERS = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each value of a JSON document."""
+    """The path to each value of a JSON document."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -122,7 +122,7 @@ def replaced(value, path, other):
 
 
 def refused_or_harmless(path: Path, expected: list[str]) -> bool:
-    """Whether it is refused. If not, it must be loaded, decoded and verified without any other error."""
+    """Whether it is refused. If not, it must load, decode and verify without any other error."""
     try:
         with btc_jax.open_checkpoint(path) as opened:
             leaves = [opened.read(leaf, dense=True) for leaf in opened.records]
@@ -135,7 +135,7 @@ def refused_or_harmless(path: Path, expected: list[str]) -> bool:
 
 @pytest.mark.parametrize("consistent", [False, True])
 def test_any_value_of_a_manifest_by_any_other(tmp_path, consistent):
-    """Rightly signed, with the header as it was, or with the header that the changed manifest asks for."""
+    """With valid checksums, and the original header or the one that the changed manifest implies."""
     fields, data = honest()
     header, taken, tried, payload = header_of(fields), [], 0, b""
     payload = checkpoint(tmp_path / "m.safetensors", fields, data).read_bytes()[-sum(map(len, data.values())) :]
@@ -146,10 +146,10 @@ def test_any_value_of_a_manifest_by_any_other(tmp_path, consistent):
                 asked = header_of(changed) if consistent else header | {"__metadata__": signed(changed)}
                 write(tmp_path / "m.safetensors", text(asked).encode(), payload)
             except (TypeError, ValueError, KeyError, AttributeError, IndexError):
-                continue  # there is no header for such a manifest
+                continue  # no header exists for such a manifest
             tried += 1
             if text(changed) != text(fields) and not refused_or_harmless(tmp_path / "m.safetensors", taken):
-                # What may differ without a contradiction: names, what the codec makes of the codes, and the tree.
+                # What may differ without a contradiction: names, how the codec interprets the codes, and the tree.
                 names = ("header_dtype", "widths", "dtype", "order", 0, 2)
                 assert path[0] == "tree" or path[-1] in names, (path, other)
     assert tried > 500

@@ -12,7 +12,7 @@ from jax import export
 import btc_jax
 import btc_jax_cli
 
-# The way the data flows; a module imports only from those before it.
+# In the direction of the data flow; a module imports only from those before it.
 ROOMS = [
     *(
         "_typing",
@@ -71,7 +71,7 @@ CLI_ROOMS = ["errors", "console", "fields", "options", "functions", "app", "writ
 
 
 def rooms_imported_by(file, package="btc_jax"):
-    """Wherever they are imported: at the top, in a function, for a type checker."""
+    """All imports: at the top, in a function, for a type checker."""
     names = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -99,7 +99,7 @@ def test_imports_of_the_command_go_one_way():
 
 
 def imported_by(program):
-    """All modules that a new process has after it ran a program."""
+    """All modules loaded in a new process after it has run a program."""
     program += "\nimport sys; print('modules:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A save that is killed, or that finds the disk full, leaves the old checkpoint or the new one, whole."""
+"""A save that is killed, or fills the disk, leaves either the old checkpoint or the new one, complete."""
 
 import os
 import random
@@ -44,13 +44,13 @@ for line in sys.stdin:
 
 
 def tree(number: int):
-    """Two trees of which every leaf, and the number of leaves, says which it is."""
+    """Two trees that every leaf, and the number of leaves, tells apart."""
     leaves = {f"dense{i}": np.full((150, 100), number, np.float32) for i in range(4 + number)}
     return leaves | {"number": number}
 
 
 def number_of(path: Path) -> int:
-    """Which tree is there, whole."""
+    """Which complete tree is there."""
     loaded = {}
     with open_checkpoint(path) as checkpoint:
         loaded = {leaf: checkpoint.read_numpy(leaf) for leaf in checkpoint.records}
@@ -61,14 +61,14 @@ def number_of(path: Path) -> int:
 
 
 def files_of(path: Path) -> set[str]:
-    """The files that a finished checkpoint has; all others are left-overs."""
+    """The files of a finished checkpoint; all others are leftovers."""
     with open_checkpoint(path) as checkpoint:
         return {checkpoint.path.name} | {file.path.name for file in checkpoint._files}
 
 
 @pytest.fixture(scope="module")
 def parent():
-    """A process with two trees ready, which forks a child for each line it is given."""
+    """A process with two trees ready, which forks a child for each line of input."""
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

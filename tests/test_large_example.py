@@ -1,4 +1,4 @@
-"""The example of a sharded model, in a small size: in a process of its own, for its devices."""
+"""The example of a sharded model at a small size, in a separate process because of its devices."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""How many leaves a checkpoint holds, and what each costs: the limits that docs/format.md promises."""
+"""How many leaves a checkpoint holds, and what each costs: the limits stated in docs/format.md."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ NAMES = [
     for j in range(64)
     for name in ("gate_proj", "up_proj", "down_proj")
 ]
-"""A mixture of experts, as it is named on the hub."""
+"""A mixture of experts, with names as on the Hugging Face hub."""
 
 PROGRAM = """
 import os, resource, sys, time, warnings
@@ -62,7 +62,7 @@ if os.environ.get("BTC_JAX_SLOW"):
 
 @pytest.mark.parametrize(("leaves", "shards"), [(LEAVES, None), (3 * SHARDS, SHARDS)], ids=["leaves", "files"])
 def test_as_many_as_are_promised(tmp_path, leaves, shards):
-    """In a process without the type checker that follows each call, and with few files that may be open."""
+    """In a process without the type checker, which checks every call, and with a low limit on open files."""
     program = [sys.executable, "-c", PROGRAM, str(tmp_path / "m.safetensors"), str(leaves), str(shards)]
     run = subprocess.run(program, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -106,7 +106,7 @@ def test_bytes_a_leaf_with_measured_errors(tmp_path):
 
 
 def test_loading_compiles_nothing(tmp_path):
-    """Leaves of many sizes, each of which would ask for a program of its own."""
+    """Leaves of many sizes, each of which would need its own program."""
     tree = {
         f"w{n}": quantize_leaf(np.linspace(-1, 1, n, dtype=np.float32), btc_jax.Multilevel(width=4)) for n in (40, 70)
     }

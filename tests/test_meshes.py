@@ -1,4 +1,4 @@
-"""Leaves on meshes of 8 devices, with Auto and Explicit axes: as from one device, or piece by piece where they lie."""
+"""Leaves on meshes of 8 devices, with Auto and Explicit axes: as from one device, or piece by piece in place."""
 
 import contextlib
 import functools
@@ -31,7 +31,7 @@ AXES = [AxisType.Auto, AxisType.Explicit]
 
 @functools.cache
 def on_one_device(target, pieces=None):
-    """What the tree comes to on one device, in as many pieces as it has shards on a mesh."""
+    """The tree packed on one device, in as many pieces as it has shards on a mesh."""
     rules = (Rule("kernel", pieces=pieces),)
     return btc_quantize(PARAMS, policy=Policy(rules=rules), **dict(target))
 
@@ -118,7 +118,7 @@ def test_a_packed_tree_meets_sharded_activations(kind, set_mesh, jitted):
         found = function(replicated, x)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         assert found.sharding.spec[0] == "x" or kind == AxisType.Auto
-        if jitted:  # as dense leaves, which eager operations do not bring together with others
+        if jitted:  # like dense leaves, which eager operations do not mix with leaves of other devices
             np.testing.assert_allclose(function(packed, x), expected, rtol=1e-5, atol=1e-5)
 
 

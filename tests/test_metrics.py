@@ -20,7 +20,7 @@ WIDE_ONLY = Uniform(32, threshold=0.0, header_dtype="float32")
 
 
 def weights(shape, seed=0, scale=1.0, dtype=np.float32):
-    """Weights in runs of smooth and rough ones, so that about half of the blocks are wide if the scale is 1."""
+    """Weights in smooth and rough runs, so that about half of the blocks are wide at a scale of 1."""
     rng = np.random.default_rng(seed)
     size = math.prod(shape)
     spread = np.repeat(rng.choice([0.01, 0.2], size // 64 + 1), 64)[:size]
@@ -34,13 +34,13 @@ def all_leaves(codec, *rules, **fields):
 
 
 def measured(tree, policy):
-    """The tree's metrics, and the decoded weights as a model gets them."""
+    """The tree's metrics, and the decoded weights as seen by a model."""
     packed = btc_quantize(tree, policy=policy)
     return btc_metrics(tree, packed, policy=policy), btc_dequantize(packed)
 
 
 def exact_errors(originals, decoded):
-    """The error figures, in float64."""
+    """The error measures, in float64."""
     w = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in originals])
     e = w - np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in decoded])
     signal, noise = np.sum(w**2), np.sum(e**2)
@@ -58,7 +58,7 @@ def assert_errors(measures, originals, decoded):
 
 
 def assert_storage(measures, widths, sizes, header_bits, nbytes):
-    """Holds bits against the widths and numbers of real weights of all blocks."""
+    """Compare bits with the widths and the numbers of real weights of all blocks."""
     n = sum(sizes)
     assert measures.weights == n
     assert measures.wide_share == widths.count(8) / len(widths)
@@ -68,7 +68,7 @@ def assert_storage(measures, widths, sizes, header_bits, nbytes):
 
 
 def blocks_of(leaf, codec):
-    """Widths and sizes of the blocks of a leaf, by the oracle."""
+    """Widths and sizes of the blocks of a leaf, from the oracle."""
     blocks = oracle.quantize(oracle.output_major(leaf).astype(np.float32), codec.block_size)
     return [block[0] for block in blocks], [len(block[1]) for block in blocks]
 
@@ -270,7 +270,7 @@ def test_reasons_fit_the_tree_even_where_the_policy_does_not():
     assert kernel.reason != "default"
 
 
-# The networks of study/rate_distortion.md, by which the paper's codec was measured outside of this package.
+# Networks on which the paper's codec was measured independently of this package.
 
 TABLE = [
     # depth, block size, payload bits, effective bits, rmse, share of wide blocks
@@ -292,7 +292,7 @@ def network(depth):
 
 
 def joined(tree):
-    """The same blocks in three leaves, for there to be less to compile: kernels of whole blocks become one."""
+    """The same blocks in three leaves, to compile less: kernels of whole blocks are merged into one."""
     whole = [leaf.reshape(-1, 1, 3, 3) for leaf in tree.values() if leaf.size % 256 == 0]
     return {name: leaf for name, leaf in tree.items() if leaf.size % 256} | {"whole": np.concatenate(whole)}
 
@@ -303,7 +303,7 @@ def flax_layout(tree):
 
 @pytest.fixture
 def hasty_compiler():
-    """Compiling takes longer than calculating here."""
+    """Compiling takes longer than computing here."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

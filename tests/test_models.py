@@ -1,4 +1,4 @@
-"""Unmodified models run on packed trees, eager and jitted, and answer as they do on the decoded tree."""
+"""Unmodified models run on packed trees, eager and jitted, with the same results as on the decoded tree."""
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,7 @@ def test_linen(name):
 
 
 class OwnLayer(nnx.Module):
-    """A user's layer, that calculates with its parameter as it is."""
+    """A custom layer that computes with its parameter directly."""
 
     def __init__(self, rngs):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (16, 8)))

@@ -1,4 +1,4 @@
-"""The multilevel codec: what it stores is what its description says, and no header would have been better."""
+"""The multilevel codec: it stores what its description says, and no other header would be better."""
 
 import functools
 import json
@@ -32,12 +32,12 @@ from tests.hostile.forge import packed as packed_record
 
 FEW = settings(max_examples=15, deadline=None)
 LEAF = (50, 61)
-"""95 full blocks of 32 and one of 10. Compiling takes the time, so most tests share this shape and order."""
+"""95 full blocks of 32 and one of 10. Compiling dominates, so most tests share this shape and layout."""
 EPS = np.finfo(np.float32).eps
 
 
 def weights(seed, shape=LEAF, octaves=(-8, 3)):
-    """Gaussian weights, each 32 of another scale in a wide range."""
+    """Gaussian weights, every 32 with another scale from a wide range."""
     rng, size = np.random.default_rng(seed), math.prod(shape)
     scales = np.repeat(2.0 ** rng.uniform(octaves[0], octaves[1], -(-size // 32)), 32)[:size]
     return (rng.standard_normal(size) * scales).reshape(shape).astype(np.float32)
@@ -48,14 +48,14 @@ def packed(leaf, slope=2.0**-8, **fields):
 
 
 def same_bytes(a, b):
-    """Whether two packed leaves have the same headers and planes; not the numbers of the leaf, which are its scale."""
+    """Whether two packed leaves have the same headers and planes; not the leaf's own numbers, which are its scale."""
     planes = [[np.asarray(plane).tobytes() for plane in tensor.planes] for tensor in (a, b)]
     headers = [np.asarray(tensor.header["header"]).tobytes() for tensor in (a, b)]
     return planes[0] == planes[1] and headers[0] == headers[1]
 
 
 def unchecked(function):
-    """Without the type checks of the test run, which would come before those of the package."""
+    """Without the test run's type checks, which would precede those of the package."""
     return getattr(function, "__wrapped__", function)
 
 
@@ -169,8 +169,9 @@ def test_codes_are_those_of_the_nearest_levels(seed, octave, exponent, width):
 @FEW
 @given(seed=st.integers(0, 2**32 - 1), octave=st.integers(-24, 4))
 def test_no_error_exceeds_its_bound(seed, octave):
-    """Levels of a half-range `h` are at most `3 h / 2 ** width` apart, and the range follows the width: so every weight
-    within the range of its block is off by at most 1.27 steps of the leaf; and a block by no more than it is large."""
+    """Levels of a half-range `h` are at most `3 h / 2 ** width` apart, and the range determines the width: so every
+    weight within the range of its block is off by at most 1.27 steps of the leaf, and the error of a block is at most
+    its own magnitude."""
     leaf = weights(seed)
     tensor = packed(leaf, 2.0**octave)
     step, centre = (float(np.asarray(tensor.header[name])[0]) for name in ("step", "centre"))
@@ -215,7 +216,7 @@ def problem(name, octave):
 
 
 def excess_cost(name, octave, codec):
-    """By what part the cost of all blocks together exceeds that of their best headers."""
+    """The relative excess of the cost of all blocks over that of their best headers."""
     blocks, costs = problem(name, octave)
     _, coded = encoded(blocks, 2.0**octave, codec)
     chosen = costs[np.asarray(coded.header["header"]), np.arange(len(blocks))]
@@ -235,7 +236,7 @@ def test_the_fast_encoder_is_near(name, octave):
 
 
 def test_the_fast_encoder_is_near_where_an_outlier_just_exceeds_an_escape():
-    """The next escape is up to 8 times as coarse; to clip the outlier a little is better."""
+    """The next escape is up to 8 times as coarse, so clipping the outlier a little is better."""
     blocks = np.random.default_rng(0).standard_normal((150, 32)).astype(np.float32)
     blocks[7, 3] = 75.7  # 2 ** 9.505 steps; escapes hold 2 ** 9.5 and 2 ** 11
     costs = []
@@ -249,7 +250,7 @@ def test_the_fast_encoder_is_near_where_an_outlier_just_exceeds_an_escape():
 
 
 def test_every_width_is_used():
-    """A block twice as large has one bit more, from none to eight."""
+    """A block at twice the scale has one more bit, from none to eight."""
     block = np.random.default_rng(0).standard_normal(32)
     leaf = np.zeros(LEAF, np.float32)
     leaf.reshape(-1)[: 12 * 32] = np.outer(2.0 ** np.arange(12), block).reshape(-1)
@@ -282,7 +283,7 @@ def test_shapes(shape):
 
 @pytest.mark.parametrize("shape", [(0,), (0, 4), ()])
 def test_leaves_of_no_weight_or_one(shape):
-    """With no slope given either, when the bits asked for cannot be used."""
+    """Also without a given slope, if the requested bits cannot be used."""
     leaf = np.full(shape, 0.3, np.float32)
     assert np.array_equal(quantize_leaf(leaf, Multilevel()).dequantize(), leaf)
 
@@ -399,7 +400,7 @@ def test_float64_weights():
         assert oracle.sqnr_db(leaf, tensor.dequantize()) > 35
 
 
-# Through jax, and files
+# In jax and in files
 
 
 def test_decodes_inside_jit_and_on_another_device():
@@ -452,7 +453,7 @@ def test_files_give_back_every_bit(tmp_path, width):
 
 
 def forged(folder, changes=(), header=(0x20, 0x28), planes=((2, 1), (2, 1)), order="stored", shape=(64,)):
-    """A file of one leaf of two blocks: widths 2 by their headers, or what is said instead."""
+    """A file of one leaf of two blocks: both of width 2 by their headers, unless changed."""
     numbers = np.zeros(1, np.float32).tobytes(), bytes(header), np.ones(1, np.float32).tobytes()
     data = SEAL.tobytes() + b"".join(numbers) + b"".join(bytes(4 * rows * words) for rows, words in planes)
     codec = {"id": "multilevel", "block_size": 32, "width": None} | dict(changes)

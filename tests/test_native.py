@@ -1,4 +1,4 @@
-"""The native kernels: bit for bit what the reference decodes, on every instruction set; and without a compiler."""
+"""The native kernels: bit-identical to the reference on every instruction set; and running without a compiler."""
 
 import os
 import shutil
@@ -107,7 +107,7 @@ def test_instruction_sets_agree(instructions):
             pytest.skip(f"this processor has no {instructions}")
         for codec in CODECS[:: 1 if instructions != "portable" else 3]:
             q = quantize_leaf(weights(), codec)
-            # Without a fused multiply-add, a sum of a product is rounded twice.
+            # Without a fused multiply-add, a multiply-add is rounded twice.
             unit = 0 if instructions != "portable" else 2.0**-23 * np.abs(by_xla(q)).max()
             np.testing.assert_allclose(q.dequantize(), by_xla(q), rtol=0, atol=2 * unit)
     finally:
@@ -126,7 +126,7 @@ def test_what_kernels_do_not_take():
 
 def test_forged_leaves_stay_in_their_arrays():
     q = quantize_leaf(weights(), Multilevel(slope=0.001))
-    wider = jnp.full_like(q.header["header"], 255)  # more rows than there are
+    wider = jnp.full_like(q.header["header"], 255)  # more rows than exist
     found = jax.jit(lambda *arrays: decode_p.bind(*arrays, **parameters(q)))(
         *q.planes[:5], q.header["centre"], wider, q.header["step"], q.seal
     )
@@ -155,7 +155,7 @@ def test_rows(codec, columns):
     params = parameters(q)
     found = jax.jit(lambda index, *arrays: rows(index, arrays, columns, **params))(index, *operands(q))
     by_xla = jax.jit(lambda index, *arrays: looked_up_by_xla(index, *arrays, columns=columns, **params))
-    unit = 2.0**-23 * float(jnp.abs(found).max())  # there XLA fuses other steps of the arithmetic
+    unit = 2.0**-23 * float(jnp.abs(found).max())  # XLA fuses other steps of the arithmetic there
     np.testing.assert_allclose(by_xla(index, *operands(q)), found, rtol=0, atol=unit)
     assert same_bits(found, q.dequantize()[index])
 

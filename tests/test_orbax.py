@@ -48,7 +48,7 @@ def restored(item, **options):
 
 
 def plain(tree):
-    """Leaves that can be compared: PRNG keys as numbers, everything with its dtype."""
+    """Leaves in comparable form: PRNG keys as numbers, everything with its dtype."""
     leaves = jax.tree.leaves(tree)
     keys = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
     leaves = [jax.random.key_data(x) if is_key else x for x, is_key in zip(leaves, keys, strict=True)]
@@ -161,7 +161,7 @@ class TestDamage:
             restored(item)
         assert restored(item, checksums=False)["bias"].shape == (2000,)  # Orbax itself lets it through
 
-    # After an error in the middle, Orbax leaves reads behind that find their event loop closed.
+    # After an error midway, Orbax leaves reads pending that find their event loop closed.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_no_bit_anywhere_is_silent(self, item):
         expected, rng = restored(item), random.Random(0)
@@ -176,7 +176,7 @@ class TestDamage:
                 found["ours"] += 1
             flip(file, place, bit)
         assert_same(restored(item), expected)
-        gc.collect()  # what Orbax left behind, while its warnings are ignored
+        gc.collect()  # collect what Orbax left behind, while its warnings are ignored
         assert found["ours"] >= 30
 
     def test_another_array_under_the_name(self, item):

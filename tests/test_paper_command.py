@@ -28,14 +28,14 @@ ROWS = "".join(f"{i},{i * i % 17},{'ab'[i % 3 == 0]}\n" for i in range(60))
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """No files on this machine count."""
+    """Ignore local weights and data files."""
     monkeypatch.setattr(subjects, "default_folders", list)
     monkeypatch.setattr(subjects, "load_weights", functools.partial(subjects.load_weights, cache=tmp_path / "cache"))
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Sweeps and trainings are short, and a CSV file is at hand."""
+    """Shorten sweeps and training, and provide a CSV file."""
     monkeypatch.setattr(subjects, "BUNDLED", {})
     monkeypatch.setattr(experiments, "THRESHOLDS", (0.03, 0.1))
     monkeypatch.setattr(experiments, "SMALL_BLOCKS", (2, 64))
@@ -136,11 +136,11 @@ def test_a_damaged_weights_file_is_named(tmp_path):
     assert len(result.output.splitlines()) == 1
 
 
-# Tables and figures of networks, from results made up here
+# Tables and figures of networks, from made-up results
 
 
 def made_up() -> dict:
-    """Results of two networks with the paper's weights, one with others, and an MLP."""
+    """Results for two networks with the paper's weights, one with others, and an MLP."""
     networks = [("cifar10_resnet20", "ResNet20", "cifar10", True), ("cifar10_resnet56", "ResNet56", "cifar10", True)]
     networks += [("akamaster_resnet20", "ResNet20, option A", "cifar10", False), ("mlp_T", "MLP, T", "tabular", False)]
     what = {n: {"name": n, "title": t, "dataset": d, "own_weights": own} for n, t, d, own in networks}
@@ -218,7 +218,7 @@ def test_figures_of_nothing_but_the_paper(tmp_path):
 
 
 def test_weights_and_images_in_a_folder_make_a_subject(tmp_path, monkeypatch):
-    """A ResNet-20 with random weights in PyTorch's names, and four images."""
+    """A ResNet-20 with random weights under PyTorch's names, and four images."""
     monkeypatch.setattr(subjects, "BUNDLED", {"Wine": subjects.BUNDLED["Wine"]})
     network, random = NETWORKS["cifar10_resnet20"], np.random.default_rng(0)
     leaves, names = jax.tree.leaves(network.shapes()), torch_names(network.model, network.shapes())

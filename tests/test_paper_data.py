@@ -1,4 +1,4 @@
-"""Every layout that data comes in, from small files made here, and every way in which they can be wrong."""
+"""Every layout of the data, from small files created here, and every way in which they can be wrong."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The paper's evaluation: its own figures, the averages, merged layers, exams, and rows that are kept."""
+"""The paper's evaluation: its own figures, the averages, merged layers, exams, and stored rows."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_published_rows_have_all_columns():
 
 
 def test_the_uniform_column_is_the_mean_of_eight_and_the_btc_column():
-    """All but the one row that shows the 8 bits that a uniform quantizer takes."""
+    """All but the one row that shows the 8 bits of a uniform quantizer."""
     odd = [row for row in published.uniform_column() if abs(row["uniform"] - row["mean"]) > 0.0051]
     assert [(row["model"], row["uniform"]) for row in odd] == [("MobileNetV2_x0.5", 8.0)]
 
@@ -207,7 +207,7 @@ def test_layers_come_in_the_order_of_use():
     assert order[0] == "first/conv/kernel"
     assert order[-1] == "classifier/kernel"
     assert len(order) == 57
-    assert experiments.layer_order(exam) == order  # also when it was traced before
+    assert experiments.layer_order(exam) == order  # even if it was traced before
     layers = [{"wide": share} for share in (1.0, 0.5, 0.3, 0.1, 0.6)]
     expected = {"first": 1.0, "first three": 0.6, "middle": 0.3, "last": 0.6}
     assert experiments.shares(layers) == pytest.approx(expected)

@@ -19,7 +19,7 @@ from examples.paper.networks import NETWORKS, traced
 from examples.paper.weights import load_weights
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-# What PyTorch answers correctly in float32, of the 932 exact CIFAR-10 test images and of the 10,000 JPEG ones.
+# Correct answers of PyTorch in float32 on the 932 exact CIFAR-10 test images and on the 10,000 JPEG ones.
 CORRECT = {
     "akamaster_resnet20": (854, 8103),
     "akamaster_resnet32": (867, 8256),
@@ -33,7 +33,7 @@ SLOW = "BTC_JAX_SLOW" in os.environ
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=lambda network: network.name)
 def test_size_is_the_published_one(network):
-    """chenyaofo and akamaster publish to 10,000; torchvision every parameter, and operations to a million."""
+    """chenyaofo and akamaster round to 10,000; torchvision publishes every parameter, and operations to a million."""
     cifar = network.dataset != "imagenet"
     parameters, multiply_adds = network.count_parameters(), network.count_multiply_adds()
     assert (round(parameters, -4) if cifar else parameters) == network.parameters
@@ -146,7 +146,7 @@ def test_fused_repvgg_gives_the_same_logits(monkeypatch):
     shapes, fused_shapes = (jax.eval_shape(m.init, jax.random.key(0), images) for m in (model, fused))
 
     def random(leaf):
-        """No batch norm that changes nothing, and kernels that keep the size of what goes through them."""
+        """Batch norms that are not the identity, and kernels that preserve the scale of activations."""
         kernel = rng.standard_normal(leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5
         return jnp.asarray(kernel if len(leaf.shape) > 1 else rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
 

@@ -32,7 +32,7 @@ def imagenet_resnet(name, classes):
 
 
 def shufflenet(name, classes):
-    """torchvision's, with the stride and the pool of its start taken out for images of 32x32."""
+    """torchvision's, without the stride and the pool at its start, for images of 32x32."""
     widths = list(SHUFFLENET_WIDTHS[name.removeprefix("shufflenetv2_")])
     model = torchvision.models.ShuffleNetV2([4, 8, 4], widths, num_classes=classes)
     model.conv1[0].stride = (1, 1)
@@ -107,7 +107,7 @@ def states(model):
 
 
 def logits(model, images):
-    """Theirs, of a size at which a difference shows."""
+    """Theirs, at a scale at which a difference shows."""
     with torch.no_grad():
         theirs = model(images).numpy()
     assert theirs.std() > 0.1
@@ -142,7 +142,7 @@ def test_logits_equal_those_of_resnet101_in_float64():
 
 
 def test_logits_equal_those_of_repvgg_in_timm():
-    """timm's blocks, put together with the strides that images of 32x32 want."""
+    """timm's blocks, with the strides for images of 32x32."""
     byobnet = pytest.importorskip("timm.models.byobnet")
     stages = [(2, 48, 1), (4, 96, 2), (14, 192, 2), (1, 1280, 2)]
     blocks = tuple(

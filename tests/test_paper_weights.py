@@ -23,7 +23,7 @@ PREFIX = "does not fit cifar10_resnet20: "
 
 
 def random_state(name: str = "cifar10_resnet20", seed: int = 0) -> dict[str, np.ndarray]:
-    """What PyTorch would save: its names, its shapes, and the counters that we have no use for."""
+    """What PyTorch would save: its names, its shapes, and the counters that are not used here."""
     network, rng = NETWORKS[name], np.random.default_rng(seed)
     names = torch_names(network.model, network.shapes())
     leaves = jax.tree.leaves(network.shapes())
@@ -43,7 +43,7 @@ def state():
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    """A published file of `NETWORK` in a folder of its own, with the right checksum in its name; no other is known."""
+    """A published file of `NETWORK` in its own folder, with the right checksum in its name; no other is known."""
     folder, content = tmp_path / "published", b"weights" * 1000
     folder.mkdir()
     file = folder / f"net-{hashlib.sha256(content).hexdigest()[:8]}.pt"

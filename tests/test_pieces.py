@@ -1,4 +1,4 @@
-"""Leaves in pieces: shards of a mesh and stacks of layers, each packed by itself, used as the dense leaf is."""
+"""Leaves in pieces: shards of a mesh and stacks of layers, each packed separately, used like the dense leaf."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ CODECS = [None, Uniform(threshold=0.0), Uniform(64, threshold=0.05), Multilevel(
 
 
 def stack(*shape, axis=0):
-    """Layers of scales four octaves apart."""
+    """Layers with scales four octaves apart."""
     scales = np.geomspace(0.01, 0.16, shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
     return (scales * RNG.standard_normal(shape)).astype(np.float32)
 
@@ -102,7 +102,7 @@ def test_each_layer_is_packed_by_itself(codec, axis):
     packed = packed_stack(leaf, axis, codec)
     assert (packed.shape, packed.dtype, packed.ndim, packed.size) == (leaf.shape, leaf.dtype, 3, leaf.size)
     decoded = np.asarray(packed.dequantize())
-    # Products and sums may be fused otherwise: a unit in the last place of the largest weight.
+    # Products and sums may be fused differently: one unit in the last place of the largest weight.
     jitted = np.asarray(jax.jit(lambda q: q.dequantize())(packed))
     np.testing.assert_allclose(jitted, decoded, rtol=0, atol=np.spacing(np.abs(decoded).max()))
     policy = Policy(codec, (Rule("kernel", stack=axis),))
@@ -475,7 +475,7 @@ def test_sisters_of_pieces_share_shapes():
     assert [x.shape for x in jax.tree.leaves(model)] == [x.shape for x in jax.tree.leaves(sister)]
 
 
-# What cannot be
+# What is refused
 
 
 def test_cuts_that_cannot_be():

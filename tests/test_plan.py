@@ -22,7 +22,7 @@ from tests import oracle
 
 
 def weights(shape, seed=0, dtype=np.float32):
-    """Weights in runs of smooth and rough ones, so that about half of the blocks are wide."""
+    """Weights in smooth and rough runs, so that about half of the blocks are wide."""
     rng = np.random.default_rng(seed)
     size = math.prod(shape)
     spread = np.repeat(rng.choice([0.01, 0.2], size // 64 + 1), 64)[:size]
@@ -39,7 +39,7 @@ def all_leaves(codec, **fields):
 
 
 def expected_bytes(size, codec, wide, flags=True):
-    """Bytes of a leaf of which `wide` blocks take 8 bits and the others 4."""
+    """Bytes of a leaf with `wide` blocks of 8 bits and the others of 4."""
     blocks = -(-size // codec.block_size)
     half_row = (codec.block_size + 1) // 2
     extremes = 2 * np.dtype(codec.header_dtype).itemsize
@@ -51,7 +51,7 @@ def wide_blocks(leaf, codec):
 
 
 def stored_bytes(tree):
-    """Bytes of all arrays of a tree, found by jax and not by the package."""
+    """Bytes of all arrays of a tree, from jax rather than the package."""
     return sum(np.asarray(array).nbytes for array in jax.tree.leaves(tree))
 
 
@@ -182,7 +182,7 @@ def test_json_holds_all_that_the_plan_holds():
     )
 
 
-# What a target implies, without reading the values.
+# What a target implies without reading the values.
 
 
 MODEL = {

@@ -18,7 +18,7 @@ from btc_jax.planes import (
 
 
 def packed_by_hand(codes, bits):
-    """One row: the words cut into runs of J, code `j + i * J` of a run in bits `i * bits` of its word `j`."""
+    """One row: words in runs of J, with code `j + i * J` of a run in bits `i * bits` of its word `j`."""
     nbytes = -(-len(codes) * bits // 8)
     word = next(size for size in (4, 2, 1) if nbytes % size == 0)
     words, lanes = nbytes // word, 8 * word // bits

@@ -86,7 +86,7 @@ def refusal(tree, *rules, **fields):
 
 @contextlib.contextmanager
 def as_users_run_it():
-    """Without the type checks of the test run, which would come before the package's own."""
+    """Without the test run's type checks, which would precede the package's own."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield

@@ -39,7 +39,7 @@ def row_of(output: str, name: str) -> list[str]:
 
 @pytest.fixture(scope="module", params=list(quickstart.ModelName))
 def kept(request, tmp_path_factory):
-    """One run of each model: its output and the file that it kept."""
+    """One run of each model: its output and the file that it saved."""
     path = tmp_path_factory.mktemp("quickstart") / "digits.safetensors"
     result = run("--model", request.param, "--epochs", "3", "--output", str(path))
     assert result.exit_code == 0, result.output
@@ -68,7 +68,7 @@ def test_bits_and_bytes_add_up(kept):
     output, _ = kept
     for name in ROWS:
         payload, header, effective = map(float, row_of(output, name)[4:7])
-        # The rest is seals, and rows that the last blocks of small leaves do not fill.
+        # The rest is seals, and unfilled rows of the last blocks of small leaves.
         assert payload + header - 2e-3 <= effective <= payload + header + 0.02
     assert float(row_of(output, "absmax4")[6]) == 4.5
 

@@ -1,4 +1,4 @@
-"""What `load` would refuse, `save` refuses, before anything is written; and what is unknown is not damaged."""
+"""`save` refuses what `load` would refuse, before writing anything; and unknown formats are not reported as damage."""
 
 import dataclasses
 import os
@@ -31,7 +31,7 @@ def leaf(codec: Any = None) -> BTCTensor:
 
 
 def numpy_leaf() -> BTCTensor:
-    """One whose arrays can be changed in place, which no constructor sees."""
+    """A leaf whose arrays can be changed in place, unnoticed by any constructor."""
     return jax.tree.map(lambda array: np.array(array), leaf())
 
 
@@ -50,7 +50,7 @@ class Unregistered(Uniform):
 @register_format
 @dataclasses.dataclass(frozen=True)
 class CoarseFormat(UniformFormat):
-    """A format of one's own."""
+    """A custom format."""
 
     id: ClassVar[str] = "tests-coarse"
 
@@ -59,7 +59,7 @@ class CoarseFormat(UniformFormat):
 
 @dataclasses.dataclass(frozen=True)
 class Coarse(Uniform):
-    """A codec of one's own."""
+    """A custom codec."""
 
     @property
     def formats(self):

@@ -1,4 +1,4 @@
-"""Packed trees in what others write: Flax's msgpack, JAX's export, Orbax's own checkpointers, pickle, numpy."""
+"""Packed trees in other serializers: Flax's msgpack, JAX's export, Orbax's own checkpointers, pickle, numpy."""
 
 import copy
 import pickle
@@ -42,7 +42,7 @@ def test_flax_serialization_brings_back_every_leaf(target):
     packed = tree(target)
     data = serialization.to_bytes(packed)
     assert_equal(serialization.from_bytes(packed, data), packed)
-    # The template gives the containers; what the leaf is stands in the file.
+    # The template determines the containers; the file determines the leaf.
     assert_equal(serialization.from_bytes(tree({"bits": 3}, seed=1), data), packed)
     state = serialization.to_state_dict(packed)
     assert_equal(serialization.from_state_dict(packed, state), packed)

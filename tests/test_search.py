@@ -48,13 +48,13 @@ def search(evaluate=None, **arguments):
 
 
 def true_rmse(size):
-    """The error at a block size, by numpy."""
+    """The error at a block size, computed by numpy."""
     decoded = btc_dequantize(btc_quantize(PARAMS, Uniform(size, threshold=0.0)))["kernel"]
     return float(np.sqrt(np.mean((np.asarray(decoded, np.float64) - PARAMS["kernel"]) ** 2)))
 
 
 def scripted(*answers):
-    """An evaluate function that gives these accuracies in turn, and raises those that are errors."""
+    """An evaluate function that returns these accuracies in turn, and raises those that are errors."""
     answers = iter(answers)
 
     def evaluate(tree):
@@ -78,7 +78,7 @@ def assert_same_tree(a, b):
 
 @contextlib.contextmanager
 def as_users_run_it():
-    """Without the type checks of the test run, which would come before the package's own."""
+    """Without the test run's type checks, which would precede the package's own."""
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         yield
@@ -377,7 +377,7 @@ def effective_bits(tree):
 
 
 def accurate_from(bits):
-    """An evaluate function that loses 5 points below so many effective bits."""
+    """An evaluate function that loses 5 points below this many effective bits."""
     return lambda tree: 0.9 if not is_packed(tree["kernel"]) or effective_bits(tree) >= bits else 0.85
 
 
@@ -448,7 +448,7 @@ def test_a_limit_of_divergence(limit):
     assert all((trial.kl or 0) > limit for trial in result.trials if trial.violation)
     broken = max(trial.bits or 0 for trial in result.trials if trial.violation)
     assert broken < (result.best.bits or 0) <= broken + 0.05
-    assert len(result.trials) <= 4  # 9 by halving
+    assert len(result.trials) <= 4  # 9 by bisection
     assert re.search(rf"breaks the limit \(KL 0\.\d+ > {limit:g}\)", result.message)
     assert "not checked" not in result.message
 
@@ -462,7 +462,7 @@ def test_a_limit_of_agreement():
 
 
 def test_sensitivities_predict_the_first_budget():
-    """Their divergence is half of sensitivity times squared error; here it is just that."""
+    """The predicted divergence is half of sensitivity times squared error; here it is exact."""
     known = {"kernel": 2.0 / float(np.sum(np.square(PARAMS["kernel"], dtype=np.float64)))}
     result = by_bits(answers(divergence), max_kl=1e-3, sensitivity=known)
     assert len(result.trials) <= 3
@@ -626,7 +626,7 @@ def test_json_of_a_search_for_bits():
 
 
 def budgets_tried(limit, low=2.0, high=8.0, tolerance=0.05, needs=None, first=None):
-    """The budgets tried for a limit that is met from so many bits on, and the smallest that held."""
+    """The budgets tried for a limit that holds from this many bits on, and the smallest that held."""
     budgets, tried = Budgets(low, high, tolerance, first, needs is not None), []
     while (bits := budgets.next()) is not None:
         assert low <= bits <= high

@@ -1,4 +1,4 @@
-"""`btc_sensitivity`: equal to the Fisher information by hand, for every head and kind of tree; bad input is named."""
+"""`btc_sensitivity` equals the Fisher information by hand, for every head and kind of tree; errors name bad input."""
 
 import io
 from typing import Any
@@ -45,7 +45,7 @@ def fisher(weights):
 
 
 class TestOracle:
-    """Many copies of the inputs, so that drawn labels come to their mean."""
+    """Many copies of the inputs, so that sampled labels approach their mean."""
 
     weights = RNG.standard_normal((3, 4)).astype(np.float32)
     many = np.tile(INPUTS, (400, 1))

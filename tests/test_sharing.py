@@ -58,7 +58,7 @@ def test_a_weight_of_a_small_matrix_gets_more_bits():
 def test_a_loud_leaf_gets_more_bits_but_not_as_many_as_for_the_least_error():
     tree = {"loud/kernel": gaussian(128, 128, scale=2), "quiet/kernel": gaussian(128, 128)}
     found, equal = bits(tree), bits(tree, sensitivity="equal")
-    # An octave of scale is a bit for the least error; and half an octave of error less where answers count.
+    # An octave of scale is a bit for the least error, and half an octave of error less where answers count.
     assert equal["loud/kernel"] - equal["quiet/kernel"] == pytest.approx(1, abs=0.1)
     assert found["loud/kernel"] - found["quiet/kernel"] == pytest.approx(0.75, abs=0.1)
 
@@ -205,7 +205,7 @@ def test_unknown_keywords_are_named():
 def test_what_is_packed_by_default_becomes_smaller_in_its_file(tmp_path_factory, shape, dtype, goal, name):
     folder = tmp_path_factory.mktemp("small")
     leaf = gaussian(*shape, scale=0.1).astype(dtype)
-    large = gaussian(64, 64, scale=0.1).astype(dtype)  # what leaves of a kind have in common stands once in a file
+    large = gaussian(64, 64, scale=0.1).astype(dtype)  # a file stores what leaves of a kind have in common once
     tree = {name: {"kernel": leaf}, "large": {"kernel": large}}
     packed = btc_quantize(tree, **goal)
     dense = packed | {name: {"kernel": leaf}}
@@ -216,7 +216,7 @@ def test_what_is_packed_by_default_becomes_smaller_in_its_file(tmp_path_factory,
 
 @pytest.mark.parametrize("codec", [Uniform(), Multilevel(), Uniform(256), Multilevel(width=4)])
 def test_where_leaves_become_small_enough(codec):
-    """Far below 4,096 weights, for all but blocks larger than the leaf."""
+    """Far below 4,096 weights, unless blocks are larger than the leaf."""
     leaves = {f"{n}/kernel": jax.ShapeDtypeStruct((n, n), jnp.float32) for n in (2, 4, 8, 16, 32)}
     reasons = {row.path: row.reason for row in btc_plan(leaves, codec).rows}
     assert reasons["2/kernel"] == "would not become smaller"

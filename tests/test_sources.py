@@ -1,4 +1,4 @@
-"""Oracles: numpy, flax, safetensors and Orbax themselves write the files that are read here."""
+"""The files read here are written by numpy, flax, safetensors and Orbax themselves, as oracles."""
 
 import gzip
 import io
@@ -85,7 +85,7 @@ def refused(path, *words, kind: type[Exception] = ValueError):
 
 
 def bytes_read():
-    """How many bytes this process has read from files so far, buffers of Python included."""
+    """How many bytes this process has read from files so far, including Python's buffering."""
     if not os.path.exists("/proc/self/io"):
         pytest.skip("only Linux counts the bytes that a process reads")
     with open("/proc/self/io") as file:
@@ -482,7 +482,7 @@ class TestOrbax:
 
     @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
     def test_damaged(self, ocp, tmp_path, name):
-        # One leaf: where several fail at once, Orbax's own threads write tracebacks to stderr, beside our error.
+        # One leaf: if several fail at once, Orbax's own threads write tracebacks to stderr besides our error.
         with ocp.StandardCheckpointer() as writer:
             writer.save(tmp_path / "x", {"a": jnp.ones(3)})
         (tmp_path / "x" / name).write_bytes(b"\0\1\2")
@@ -531,7 +531,7 @@ def tarred():
 
 
 class Unpickled:
-    """Fails the test if it is ever unpickled."""
+    """An object that fails the test if it is ever unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("a pickle was opened",)
@@ -630,7 +630,7 @@ class TestFolders:
 
 
 class TestCompressed:
-    """Checkpoints of btc_jax are recognised by what they say, not by the names of their tensors."""
+    """Checkpoints of btc_jax are recognised by their metadata, not by the names of their tensors."""
 
     @pytest.mark.parametrize("shard", [None, 100])
     def test_files(self, tmp_path, shard):

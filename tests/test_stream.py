@@ -258,7 +258,7 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8
 
 
 def plain_file(path, tensors):
-    """Writes a safetensors file of raw tensors: code, shape and bytes by name."""
+    """Write a safetensors file of raw tensors: code, shape and bytes by name."""
     header, data = {}, b""
     for name, (code, shape, values) in tensors.items():
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
@@ -417,7 +417,7 @@ def test_a_target_is_shared_out_as_in_memory(source, tmp_path, target):
 
 
 def smooth_kernel():
-    """A kernel whose energy is in few frequencies, as of trained networks."""
+    """A kernel with its energy in few frequencies, as in trained networks."""
     rng = np.random.default_rng(1)
     return (0.1 * rng.standard_normal((32, 32, 1, 1)) * np.ones((32, 32, 3, 3))).astype(np.float32)
 
@@ -493,7 +493,7 @@ def test_another_target_does_not_resume(source, tmp_path, other):
 
 def test_one_leaf_is_in_memory_at_a_time(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    shape = (1024, 512)  # large enough that a sample is taken
+    shape = (1024, 512)  # large enough to be sampled
     save_file({f"{i}.weight": rng.standard_normal(shape, np.float32) for i in range(5)}, tmp_path / "m.safetensors")
     read, before, most, reads = SafetensorsSource.read, [], 0, []
 
@@ -518,7 +518,7 @@ def large_arrays(shape):
 
 
 def test_samples_of_leaves_are_small(tmp_path, monkeypatch):
-    """What is kept of a leaf between two reads: half a megabyte at most."""
+    """What is kept of a leaf between two reads: at most half a megabyte."""
     save_file({f"{i}.weight": np.ones((600, 1000), np.float32) * i for i in range(3)}, tmp_path / "m.safetensors")
     start, kept, read = sum(array.nbytes for array in jax.live_arrays()), [], SafetensorsSource.read
 

@@ -43,20 +43,20 @@ def metrics():
 
 
 def render(table, width=140):
-    table.box, table.show_edge = box.HEAVY_HEAD, True  # a frame, so that cells can be told apart
+    table.box, table.show_edge = box.HEAVY_HEAD, True  # a frame, to separate cells
     console = Console(width=width, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def squeezed(text):
-    """What a rendered table says, without the frame and the line breaks in cells: one string a column."""
+    """The text of a rendered table, without the frame and line breaks in cells: one string per column."""
     lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in "│┃"]
     return ["".join(cell.strip() for cell in column).replace(" ", "") for column in zip(*lines, strict=True)]
 
 
 def rows(text):
-    """The rows of a table wide enough for nothing to be folded."""
+    """The rows of a table that is wide enough to avoid folding."""
     lines = [re.split("[│┃]", line)[1:-1] for line in text.splitlines() if line[:1] in "│┃"]
     return [[cell.strip() for cell in line] for line in lines]
 

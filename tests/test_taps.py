@@ -1,4 +1,4 @@
-"""Orders that transform the taps of convolutions: an orthonormal transform, chosen where it pays, undone everywhere."""
+"""Layouts that transform the taps of convolutions: an orthonormal DCT, chosen where it helps, inverted everywhere."""
 
 import json
 
@@ -35,7 +35,7 @@ ANY_SIZE = Policy(Multilevel(), min_size=0)
 
 
 def smooth(seed=0, shape=KERNEL):
-    """A kernel whose taps differ little, as those of trained networks; taps first."""
+    """A kernel whose taps differ little, as in trained networks; taps first."""
     rng = np.random.default_rng(seed)
     taps = (1,) * (len(shape) - 2)
     return (rng.standard_normal(taps + shape[-2:]) + 0.1 * rng.standard_normal(shape)).astype(np.float32)
@@ -119,7 +119,7 @@ def test_narrow_dtypes_are_transformed_in_float32():
     assert oracle.sqnr_db(leaf.astype(np.float64), np.asarray(tensor.dequantize(), np.float64)) > 35
 
 
-# Chosen where it pays
+# Chosen where it helps
 
 
 def test_taps_are_transformed_where_that_pays():
@@ -160,7 +160,7 @@ def test_an_order_can_be_asked_for():
     assert {leaf["kernel"].order for leaf in packed.values()} == {"output-major-taps"}
 
 
-# Through models and files
+# In models and files
 
 
 @pytest.mark.parametrize("bits", [3.0, 6.0])

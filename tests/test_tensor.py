@@ -169,7 +169,7 @@ def test_iterates_over_rows():
 
 
 def test_slicing_by_vmap_is_refused():
-    with pytest.raises(ValueError, match=r"seal of type float16\[2\]"):  # by JAX: nothing in a leaf has its first axis
+    with pytest.raises(ValueError, match=r"seal of type float16\[2\]"):  # by JAX: no array in a leaf has its first axis
         jax.vmap(lambda t: t.dequantize())(packed((64, 64), Uniform(64, threshold=0.0)))
 
 

@@ -41,7 +41,7 @@ TARGETS = [{}, {"bits": 4.5}, {"size": 30_000}, {"sqnr_db": 25.0}]
 
 
 def stored_bytes(tree):
-    """Bytes of all arrays of a tree, those that are one object counted once."""
+    """Bytes of all arrays of a tree, counting each object once."""
     return sum(array.nbytes for array in {id(array): array for array in jax.tree.leaves(tree)}.values())
 
 
@@ -172,7 +172,7 @@ def test_search_counts_it_once():
 
 
 def test_a_tree_that_lost_its_ties_is_measured_as_it_is():
-    """As after `jax.device_put`, or a file of a program that does not keep them."""
+    """As after `jax.device_put`, or in a file from a program that does not keep ties."""
     loose = jax.tree.map(jnp.copy, btc_quantize(TIED))
     metrics = btc_metrics(TIED, loose)
     assert (metrics.bytes_before, metrics.bytes_after) == (stored_bytes(TIED), stored_bytes(loose))

@@ -1,4 +1,4 @@
-"""One object at several places of a tree: stored once, one object after load."""
+"""One object at several places in a tree: stored once, and one object after loading."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Programs for tiles: one for all leaves, whatever their shapes; and leaves of several tiles, or of a part of one."""
+"""Programs for tiles: one for all leaves, whatever their shapes; leaves of several tiles, or of part of one."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ MANY = [(40 + i, 64 + 3 * i) for i in range(12)] + [(3, 3, 8 + i, 16) for i in r
 
 
 def everything(tree, folder):
-    """Each function that packs, measures or decodes, for each kind of target."""
+    """Every function that packs, measures or decodes, for each kind of target."""
     goals: list[Any] = [{}, {"bits": 4.5}, {"rmse": 0.01}]
     for goal in goals:
         packed = btc_quantize(tree, policy=PACK_ALL, **goal)
@@ -59,7 +59,7 @@ def everything(tree, folder):
 
 
 def compiled_by_each(folder):
-    """How many programs the first call compiles, all calls together, and the same calls for other shapes."""
+    """How many programs are compiled by the first call, by all calls, and by the same calls for other shapes."""
     counts = []
     for work in (
         lambda: btc_quantize(tree_of(FEW), policy=PACK_ALL, bits=4.5),
@@ -120,7 +120,7 @@ def test_how_a_leaf_was_made_is_not_in_its_structure():
 
 
 LARGE = (3, 100_003)
-"""Of blocks of 32 weights, two tiles and a part of one, the last block short."""
+"""Two tiles of blocks of 32 weights and part of a third, with a short last block."""
 
 
 @pytest.mark.parametrize("order", ["output-major", "stored"])
@@ -162,7 +162,7 @@ def test_weights_are_put_where_they_belong(order, shape, lot):
 
 
 def test_leaves_share_tiles_and_not_their_numbers():
-    """The blocks of all leaves are measured in one matrix, and come out as each leaf alone."""
+    """The blocks of all leaves are measured in one matrix, with the same results as for each leaf alone."""
     tree = tree_of([(40, 48), (64, 65), (33, 7)])
     together = btc_jax.btc_allocate(tree, policy=PACK_ALL, bits=4.5)
     packed = btc_quantize(tree, policy=PACK_ALL, bits=4.5)

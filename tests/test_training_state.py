@@ -45,7 +45,7 @@ def reasons(tree, policy=None):
 
 
 def of_floats(tree):
-    """The reasons of leaves that would be packed but for what they are; L-BFGS starts with some that are one array."""
+    """The reasons for leaves that would be packed except for their role; L-BFGS starts with some that are one array."""
     rows = [row for row in btc_plan(tree).rows if not row.tied_to]
     return {row.path: row.reason for row in rows if row.dtype == "float32" and len(row.shape) > 1}
 
@@ -65,7 +65,7 @@ class Net(nnx.Module):
 def test_states_of_optax(name, form):
     tx = OPTIMIZERS[name]
     if form == "bare":
-        tree = {"x": tx.init(PARAMS), "params": PARAMS}  # under a name that says nothing
+        tree = {"x": tx.init(PARAMS), "params": PARAMS}  # under an uninformative name
     elif form == "linen variables":
         tree = (
             {"params": PARAMS},
@@ -92,7 +92,7 @@ def test_states_of_nnx(name):
 
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop", "lion", "adadelta", "amsgrad", "accumulating", "injected"])
 def test_bare_states_in_files_are_known_by_their_fields(name, tmp_path):
-    """Nothing is left of the containers, and there is no `opt_state` above the fields."""
+    """The containers are lost, and there is no `opt_state` above the fields."""
     state = flax.serialization.to_state_dict(OPTIMIZERS[name].init(PARAMS))
     (tmp_path / "x.msgpack").write_bytes(flax.serialization.to_bytes(state))
     rows = plan_file(tmp_path / "x.msgpack").rows
@@ -155,7 +155,7 @@ def test_what_an_optimizer_accumulates_or_averages_has_its_own_name():
 
 
 class Moments(NamedTuple):
-    """A state of an optimizer of one's own."""
+    """The state of a custom optimizer."""
 
     count: Any
     mu: Any

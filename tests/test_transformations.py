@@ -1,6 +1,6 @@
 """Every transformation of JAX x {argument, closed over} x {one width, mixed widths} x every kind of model.
 
-A packed tree must give what its decoded tree gives, in the same code.
+A packed tree must give the same results as its decoded tree, with the same code.
 """
 
 import functools
@@ -102,7 +102,7 @@ def inputs():
     return jnp.asarray(np.random.default_rng(0).standard_normal(BATCH), jnp.float32)
 
 
-# What is done to `f(params, x)`: each returns an array.
+# The transformations of `f(params, x)`: each returns an array.
 
 
 def grad_of_other_leaves(f, params, x):
@@ -118,7 +118,7 @@ def grad_of_other_leaves(f, params, x):
 
 
 def exported(f, params, x):
-    # Trees of Equinox, Haiku and NNX have nodes of their own; only their arrays are arguments here.
+    # Equinox, Haiku and NNX have their own tree nodes; only their arrays are arguments here.
     leaves, treedef = jax.tree.flatten(params)
     function = jax.jit(lambda leaves, x: f(treedef.unflatten(leaves), x))
     return export.deserialize(export.export(function)(leaves, x).serialize()).call(leaves, x)
@@ -237,7 +237,7 @@ def kernels(kind, width):
     return [leaf for leaf in jax.tree.leaves(packed(kind, width), is_leaf=is_packed) if is_packed(leaf)]
 
 
-# What only one library has.
+# Specific to one library.
 
 
 def test_nnx_transformations_of_a_model():
@@ -261,7 +261,7 @@ def test_nnx_transformations_of_a_model():
 
 
 class Lifted(nn.Module):
-    """A Dense layer behind one of Linen's lifted transformations."""
+    """A Dense layer under one of Linen's lifted transformations."""
 
     how: str
 

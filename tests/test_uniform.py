@@ -15,7 +15,7 @@ FEW = settings(max_examples=40, deadline=None)
 
 
 def weights(seed, shape, scale=1.0, dtype=np.float32):
-    """Blocks of very different spread, a constant stretch, and a few outliers."""
+    """Blocks with very different spreads, a constant run, and a few outliers."""
     rng = np.random.default_rng(seed)
     size = math.prod(shape)
     w = rng.standard_normal(size) * np.repeat(rng.choice([0.01, 0.04, 0.06, 0.3], size // 16 + 1), 16)[:size]
@@ -25,7 +25,7 @@ def weights(seed, shape, scale=1.0, dtype=np.float32):
 
 
 def unchecked_uniform(**arguments):
-    """A codec from arguments of any type: the type checks of the test run would come before the codec's own."""
+    """A codec from arguments of any type: the test run's type checks would precede the codec's own."""
     codec = object.__new__(Uniform)
     getattr(Uniform.__init__, "__wrapped__", Uniform.__init__)(codec, **arguments)
     return codec
@@ -40,7 +40,7 @@ def steps(tensor):
 
 
 def within_half_a_step(leaf, tensor):
-    """The promise of the codec, up to float32 rounding of numbers as large as the grid."""
+    """The codec's guarantee, up to float32 rounding of numbers as large as the grid."""
     exact = oracle.output_major(leaf).astype(np.float64)
     decoded = oracle.output_major(np.asarray(tensor.dequantize(jnp.float32))).astype(np.float64)
     largest = max(

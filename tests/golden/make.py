@@ -1,7 +1,7 @@
-"""Checkpoints of every kind, which version 1 wrote once: `python -m tests.golden.make` writes those that are missing.
+"""Checkpoints of every kind, as written by version 1: `python -m tests.golden.make` writes those that are missing.
 
-All weights are multiples of 1/64, and all blocks hold few of them, so each sum and each rounding is exact on every
-machine. A file here is never changed or removed: it must be read, and written again with the same bytes, forever.
+All weights are multiples of 1/64, and blocks are small, so every sum and rounding is exact on every machine. Files here
+are never changed or removed: they must always be readable, and written again with the same bytes.
 """
 
 import functools
@@ -37,14 +37,14 @@ def weights(shape: tuple[int, ...], spread: int = 64) -> np.ndarray:
 
 
 def packed(shape: tuple[int, ...], codec: Uniform, order: Any = "output-major", dtype: Any = jnp.float32) -> BTCTensor:
-    """Weights of which one half of the blocks is smooth and the other is not."""
+    """Weights with half of the blocks smooth, and the other half not."""
     wide, smooth = weights(shape), weights(shape, 2)
     columns = np.arange(shape[-1]) % 2 == 0 if shape else True
     return quantize_leaf(jnp.asarray(np.where(columns, wide, smooth)).astype(dtype), codec, order)
 
 
 def dense() -> Any:
-    """A leaf of each dtype that has no twin, and what is not an array."""
+    """A leaf of each remaining dtype, and leaves that are not arrays."""
     names = (
         *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"),
         *("int64", "int32", "int16", "int8", "int4", "uint64", "uint32", "uint16", "uint8", "uint4", "bool"),
@@ -101,7 +101,7 @@ def codecs() -> Any:
 
 
 def bare(shape: tuple[int, ...], codec: Multilevel, headers: Sequence[int], order: Any = "stored", **more: Any):
-    """A leaf with these headers, over and over, and codes without a meaning: nothing here depends on an encoder."""
+    """A leaf with these headers, repeated, and meaningless codes: nothing here depends on an encoder."""
     (form,) = codec.formats
     blocks = -(-int(np.prod(shape)) // form.block_size)
     header = np.resize(np.array(headers, np.uint8), blocks)
@@ -126,7 +126,7 @@ def map_to_jax(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 ALL_WIDTHS = (0, 11, 40, 79, 106, 140, 170, 205, 252, 1, 7, 255, 8, 3)
-"""Headers of every width, of ranges and offsets at their ends, and of escapes."""
+"""Headers of every width, with extreme ranges and offsets, and with escapes."""
 
 
 @functools.cache
@@ -164,12 +164,12 @@ TREES: dict[str, tuple[Callable[[], Any], int | None]] = {
 
 
 def write(folder: Path, name: str) -> list[Path]:
-    """Writes one of them into an empty folder, and returns its files."""
+    """Write one of them into an empty folder, and return its files."""
     return write_tree(folder, name, TREES[name][0]())
 
 
 def write_tree(folder: Path, name: str, tree: Any) -> list[Path]:
-    """Writes a tree as one of them."""
+    """Write a tree as one of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BTCTreeWarning)  # of the named tuple
         save(folder / f"{name}.safetensors", tree, max_shard_bytes=TREES[name][1])

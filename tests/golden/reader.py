@@ -1,4 +1,4 @@
-"""A reader of one file, written from docs/format.md alone: numpy, json, and nothing of btc_jax. It refuses nothing."""
+"""A reader of one file, written from docs/format.md alone, with only numpy and json. It refuses nothing."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def _leaf(how: dict[str, Any], shape: list[int], data: bytes) -> np.ndarray:
 
 
 def _cut(data: bytes, *parts: tuple[Any, int]) -> tuple[list[np.ndarray], bytes]:
-    """Arrays of these dtypes and lengths from the front of some bytes, and the rest."""
+    """Arrays of these dtypes and lengths from the start of some bytes, and the remaining bytes."""
     arrays = []
     for dtype, length in parts:
         nbytes = np.dtype(dtype).itemsize * length
@@ -85,7 +85,7 @@ def _multilevel(codec: dict[str, Any], blocks: int, data: bytes) -> np.ndarray:
 
 
 def _codes(widths: list[int], width: np.ndarray, size: int, data: bytes) -> np.ndarray:
-    """The codes of all blocks, of these widths, from the planes, which must be all that is left."""
+    """The codes of all blocks, of these widths, from the planes, which must be all the remaining bytes."""
     codes, end = np.zeros((len(width), size), np.int64), 0
     for wanted in widths:
         for bits in (8, 4, 2, 1):

@@ -1,4 +1,4 @@
-"""A generator for each lie that a checkpoint file can tell. Each takes an empty folder and returns what to load."""
+"""Generators of invalid checkpoint files. Each takes an empty folder and returns the path to load."""
 
 import inspect
 
@@ -10,4 +10,4 @@ LIES = {
     for name, lie in inspect.getmembers(module, inspect.isfunction)
     if lie.__module__ == module.__name__ and not name.startswith("_") and len(inspect.signature(lie).parameters) == 1
 }
-"""Each public function of a folder alone."""
+"""Each public function that takes only a folder."""

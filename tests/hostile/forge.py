@@ -1,4 +1,4 @@
-"""Writes checkpoints without btc_jax: any manifest, rightly signed, and the header and payload that it asks for."""
+"""Write checkpoints without btc_jax: any manifest with valid checksums, and the header and payload that it implies."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def signed(manifest: Any) -> dict[str, str]:
 
 
 def write(path: Path, header: bytes, payload: bytes = b"", length: int | None = None) -> Path:
-    """A file of this header, which claims to be `length` bytes long."""
+    """A file with this header, which claims to be `length` bytes long."""
     header += b" " * (-len(header) % 8)
     path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + payload)
     return path
@@ -55,7 +55,7 @@ def packed(data: bytes, shape: Any = (8,), number: int = 0, path: str = "w") -> 
 
 
 def uniform(wide: tuple[int, ...] = (1, 0), **parts: bytes) -> bytes:
-    """A packed leaf of blocks of 4 weights, wide where `wide` says so; `parts` replace its own."""
+    """A packed leaf with blocks of 4 weights, wide according to `wide`; `parts` replace its own parts."""
     blocks = len(wide)
     usual = {
         "seal": SEAL,
@@ -75,7 +75,7 @@ def manifest(formats: list[Any], leaves: list[Any], tree: Any = None) -> dict[st
 
 
 def tensors(fields: Any) -> list[tuple[str, str, list[int]]]:
-    """Name, code and shape of all tensors as they lie in a file: the widest numbers first."""
+    """Name, code and shape of all tensors in file order: the largest item size first."""
     found = [_tensor(fields["formats"][leaf[1]], *leaf) for leaf in fields["leaves"]]
     return sorted((tensor for tensor in found if tensor), key=lambda tensor: -ITEMSIZES.get(tensor[1], 1))
 
@@ -89,7 +89,7 @@ def _tensor(how: Any, path: Any, number: int, *rest: Any) -> Any:
 
 
 def header_of(fields: Any, sign: Any = None) -> dict[str, Any]:
-    """The header that a manifest asks for, as JSON; `sign` is put into it instead of the manifest."""
+    """The header that a manifest implies, as JSON; if given, `sign` replaces the manifest in it."""
     header: dict[str, Any] = {"__metadata__": signed(fields if sign is None else sign)}
     end = 0
     for name, code, shape in tensors(fields):
@@ -100,13 +100,13 @@ def header_of(fields: Any, sign: Any = None) -> dict[str, Any]:
 
 
 def checkpoint(path: Path, fields: Any, data: dict[str, bytes], header: Any = None) -> Path:
-    """A checkpoint of this manifest and these tensors, or with another header."""
+    """A checkpoint of this manifest and these tensors, optionally with another header."""
     payload = b"".join(data[tensor[0]] for tensor in tensors(fields))
     return write(path, text(header_of(fields) if header is None else header).encode(), payload)
 
 
 def honest() -> tuple[dict[str, Any], dict[str, bytes]]:
-    """A manifest without a lie, of a packed leaf, a dense one and one that is tied to it, and its tensors."""
+    """A valid manifest of a packed leaf, a dense one and one tied to it, and its tensors."""
     array, data = np.arange(6, dtype=np.float32).reshape(2, 3), uniform()
     formats = [packed_format(), dense_format(), {"kind": "tied", "dtype": "float32"}]
     leaves = [packed(data), dense("a", array, 1), ["b", 2, [2, 3], "a"]]
@@ -115,7 +115,7 @@ def honest() -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def with_header(folder: Path, change: Change) -> Path:
-    """The honest file, its header changed in place by `change`."""
+    """The valid file, its header changed in place by `change`."""
     fields, data = honest()
     header = header_of(fields)
     change(header)
@@ -123,7 +123,7 @@ def with_header(folder: Path, change: Change) -> Path:
 
 
 def with_manifest(folder: Path, change: Change) -> Path:
-    """The honest file, its manifest changed in place by `change`, rightly signed, the header as honest."""
+    """The valid file, its manifest changed in place by `change`, with valid checksums and the original header."""
     fields, data = honest()
     header = header_of(fields)
     change(fields)
@@ -132,7 +132,7 @@ def with_manifest(folder: Path, change: Change) -> Path:
 
 
 def consistent(folder: Path, change: Change) -> Path:
-    """The same, with the header that the changed manifest asks for."""
+    """The same, with the header that the changed manifest implies."""
     fields, data = honest()
     change(fields)
     return checkpoint(folder / "m.safetensors", fields, data)

@@ -1,4 +1,4 @@
-"""Lies of the file itself: its length, its JSON, the places of its tensors."""
+"""Invalid files: their length, their JSON, the offsets of their tensors."""
 
 import io
 import pickle
@@ -70,7 +70,7 @@ def header_of_many_lists(folder: Path) -> Path:
 
 
 def header_of_many_parts(folder: Path) -> Path:
-    """A manifest of small parts, as many as are parsed at all, with its checksum."""
+    """A manifest of as many small parts as the parser accepts, with its checksum."""
     return _manifest(folder, "[" + ",".join(["[1.5]"] * 750_000) + "]")
 
 
@@ -91,7 +91,7 @@ def header_of_many_texts(folder: Path) -> Path:
 
 
 def header_of_many_bytes(folder: Path) -> Path:
-    """As much text as is read at all."""
+    """As much text as the reader accepts."""
     return _manifest(folder, '{"version":1,"formats":["' + "a" * (32 * 2**20 - 200) + '"]}')
 
 

@@ -1,4 +1,4 @@
-"""Lies of the index of several files."""
+"""Invalid indexes of several files."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests.hostile.forge import checkpoint, crc, dense, dense_format, manifest, 
 
 
 def _shard(path: Path, name: str, number: float) -> tuple[list[Any], list[str]]:
-    """Writes a shard; how an index lists it, and its tensors."""
+    """Write a shard; return its entry in an index, and its tensors."""
     array = np.full((2, 3), number, np.float32)
     fields = manifest([dense_format()], [dense(name, array)]) | {"tree": None}
     checkpoint(path, fields, {name: array.tobytes()})
@@ -19,7 +19,7 @@ def _shard(path: Path, name: str, number: float) -> tuple[list[Any], list[str]]:
 
 
 def index(folder: Path, change: Callable[[list[Any]], Any] = lambda shards: None, **fields: Any) -> Path:
-    """A rightly signed index of two shards; `change` changes its list of files."""
+    """An index of two shards with valid checksums; `change` changes its list of files."""
     listed, homes = [], {}
     for i, name in enumerate("ab"):
         entry, tensors = _shard(folder / f"m-{i}.safetensors", name, i)
@@ -77,7 +77,7 @@ def shards_without_end(folder: Path) -> Path:
 
 
 def shards_of_all_leaves(folder: Path) -> Path:
-    """As many files and leaves as are read, and an index that lies about the last."""
+    """As many files and leaves as the reader accepts, and an index that is wrong about the last."""
     listed, homes, array = [], {}, np.zeros((1,), np.uint8)
     for i in range(4096):
         names = [f"model.layers.{i}.mlp.experts.{j}.gate_proj.weight" for j in range(24)]

@@ -1,4 +1,4 @@
-"""Lies of manifests that are rightly signed."""
+"""Invalid manifests with valid checksums."""
 
 from pathlib import Path
 from typing import Any
@@ -406,12 +406,12 @@ def deep_version(folder: Path) -> Path:
 
 
 def leaves_of_all_sizes(folder: Path) -> Path:
-    """As many leaves as are read, with all that a record can have, and one too many at the end."""
+    """As many leaves as the reader accepts, with everything that a record can have, and one too many."""
     return _many(folder, 2**17 + 1)
 
 
 def last_of_many_leaves(folder: Path) -> Path:
-    """100,000 leaves, of which only the last lies."""
+    """100,000 leaves, only the last of them invalid."""
     return _many(folder, 100_000, last="../w")
 
 
@@ -424,6 +424,6 @@ def _many(folder: Path, count: int, last: str = "w") -> Path:
 
 
 def paths_of_many_dicts(folder: Path) -> Path:
-    """Paths that imply many times as many dicts as there are leaves."""
+    """Paths that imply many more dicts than there are leaves."""
     records = [[f"{i}/" + "a/" * 150 + "w", 0, "1"] for i in range(30_000)]
     return checkpoint(folder / FILE, manifest([{"kind": "python", "dtype": "int"}], records), {})

@@ -1,4 +1,4 @@
-"""Lies of leaves of the codec `multilevel`, and of the orders that transform taps."""
+"""Invalid leaves of the codec `multilevel`, and of the orders that transform taps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +37,7 @@ def _without(folder: Path, name: str) -> Path:
 
 
 def _taps(folder: Path, shape: list[int], order: str) -> Path:
-    """A leaf of so many blocks without payload."""
+    """A leaf of this many blocks without payload."""
 
     def change(record, arrays):
         record.update(shape=shape, order=order)
@@ -171,7 +171,7 @@ def taps_too_many_in_one_axis(folder: Path) -> Path:
 
 
 def taps_without_end(folder: Path) -> Path:
-    """The matrix of the transform would be as large as memory."""
+    """The matrix of the transform would fill the memory."""
     return _taps(folder, [1, 1, 2**17], "stored-taps")
 
 

@@ -1,4 +1,4 @@
-"""Lies of packed leaves, and of their codec."""
+"""Invalid packed leaves, and invalid codecs."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def codec_bits_true(folder: Path) -> Path:
 
 
 def _packed(folder: Path, data: bytes, shape: Any = (8,), codec: Any = None) -> Path:
-    """A file of one packed leaf of these bytes."""
+    """A file with one packed leaf of these bytes."""
     fields = manifest([packed_format(codec)], [packed(data, shape)])
     return checkpoint(folder / FILE, fields, {"w": data})
 
@@ -125,7 +125,7 @@ def header_of_other_floats(folder: Path) -> Path:
 
 
 def many_leaves_of_other_codecs(folder: Path) -> Path:
-    """Each would take a while if a codec had to be compiled to know what it stores. The last one lies."""
+    """Each would be slow if a codec had to be compiled to know what it stores. The last one is invalid."""
     formats, records, payload = [], [], {}
     for i in range(3000):
         size, last = 8 + i, b"\0" if i == 2999 else b""

@@ -1,4 +1,4 @@
-"""Lies of the tree of a manifest."""
+"""Invalid trees in a manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def variable_of_two(folder: Path) -> Path:
 
 
 def _inside(folder: Path, *node: Any) -> Path:
-    """The first leaf in a node of this kind."""
+    """The first leaf inside a node of this kind."""
     return _tree(folder, ["list", [list(node), 1, 2]])
 
 
