@@ -177,7 +177,7 @@ def stream(folder: Path) -> tuple[int, float, int]:
     import btc_jax.stream
 
     before, start = status("VmHWM"), time.perf_counter()
-    btc_jax.stream.compress_file(folder / "large.safetensors", folder / "small.safetensors")
+    btc_jax.stream.quantize_file(folder / "large.safetensors", folder / "small.safetensors")
     seconds = time.perf_counter() - start
     return status("VmHWM") - before, seconds, size_of(folder / "small.safetensors")
 

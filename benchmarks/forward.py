@@ -31,7 +31,8 @@ from flax import nnx
 from rich.table import Table
 
 from benchmarks.networks import DATA, load, resnet
-from btc_jax import Multilevel, Policy, backend, btc_quantize, fused, quantize_leaf
+from btc_jax import Multilevel, Policy, backend, btc_quantize, fused
+from btc_jax.packing import quantize_leaf
 
 ROUNDS = 11
 PACKINGS: dict[str, dict[str, Any]] = {

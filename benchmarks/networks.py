@@ -14,7 +14,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from btc_jax import Evaluation, btc_dequantize, btc_evaluate, btc_logits
+from btc_jax import btc_dequantize, btc_evaluate, btc_logits
+from btc_jax.evaluate import Evaluation
 
 Params = dict[str, np.ndarray]
 DATA = Path(__file__).parents[2] / "shared" / "data"

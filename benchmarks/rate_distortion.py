@@ -21,8 +21,9 @@ from benchmarks.networks import WeightSet
 from benchmarks.peers import Peer, available
 from benchmarks.rate_distortion_figure import draw
 from benchmarks.rows import Row, measured, peer_row
-from btc_jax import Codec, Multilevel, Policy, Uniform, btc_dequantize, btc_quantize
+from btc_jax import Multilevel, Policy, Uniform, btc_dequantize, btc_quantize
 from btc_jax._progress import tracked
+from btc_jax.codecs import Codec
 from btc_jax.tables import comparison_table
 
 DEFAULT_SETS = tuple(name for name in networks.SETS if name != "resnet32")

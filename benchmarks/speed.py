@@ -47,8 +47,10 @@ import rich
 import typer
 from rich.table import Table
 
-from btc_jax import Codec, Multilevel, Uniform, btc_allocate, btc_quantize, quantize_leaf
+from btc_jax import Multilevel, Uniform, btc_allocate, btc_quantize
 from btc_jax._typing import Order
+from btc_jax.codecs import Codec
+from btc_jax.packing import quantize_leaf
 
 SIDE = 4096
 Call = Callable[[], Any]

@@ -64,7 +64,7 @@ def _seal_changes(seal: Any) -> str:
     if found and not any(found):
         return (
             "its arrays became zeros, as the init of an optimizer makes them. Packed weights cannot be trained: train "
-            "other leaves (btc_jax.btc_partition, docs/training.md), or decode the tree"
+            "other leaves (btc_jax.partition.btc_partition, docs/training.md), or decode the tree"
         )
     return f"its seal became {found}, as if weights were calculated with" if found else ""
 

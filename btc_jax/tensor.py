@@ -56,7 +56,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp
-        >>> q = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
+        >>> q = btc_jax.packing.quantize_leaf(jnp.linspace(-1, 1, 4096).reshape(64, 64), btc_jax.Uniform(threshold=0.3))
         >>> q
         BTCTensor(shape=(64, 64), dtype=float32, bits=8.52, format=UniformFormat(...), order='output-major')
         >>> q.nbytes, q.dequantize().shape, q.sum(axis=0).shape

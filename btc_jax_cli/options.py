@@ -101,7 +101,7 @@ class Choices:
         rules = [_rule(text, codec) for text in self.rule or ()]
         return Policy(codec, (*rules, *(load_rules(self.rules) if self.rules else ())), min_size=self.min_size)
 
-    def _codec(self, with_target: bool) -> "btc_jax.Codec":
+    def _codec(self, with_target: bool) -> "btc_jax.codecs.Codec":
         from btc_jax.codecs import CODECS
 
         name = self.codec or ("multilevel" if with_target else "uniform")
@@ -120,7 +120,7 @@ class Choices:
         return f"{strange} is an option of --codec {other}, and a target means {codec}; add --codec {other}"
 
     def _refuse_what_changes_nothing(
-        self, codec: "btc_jax.Codec", target: "btc_jax.allocate.Target | None", sensitivity: str | None
+        self, codec: "btc_jax.codecs.Codec", target: "btc_jax.allocate.Target | None", sensitivity: str | None
     ) -> None:
         """Widths that can change and a target for them: one without the other is a mistake."""
         if target and not codec.rate_controlled:
@@ -213,7 +213,7 @@ def sensitivities(word: str | None) -> Any:
         return {path: opened.read(path) for path in opened.leaves}
 
 
-def _rule(text: str, codec: "btc_jax.Codec") -> "btc_jax.Rule":
+def _rule(text: str, codec: "btc_jax.codecs.Codec") -> "btc_jax.Rule":
     from btc_jax import Rule
 
     pattern, _, what = text.rpartition("=")

@@ -49,16 +49,17 @@ def verify(file: File, as_json: AsJson = False) -> int:
     btc verify small.safetensors && cp small.safetensors /backup
     """
     import btc_jax
+    from btc_jax.checkpoint import BTCFormatError, BTCNotCompressedError, Verification
     from btc_jax_cli.errors import at_a_prompt
 
     try:
         found = btc_jax.verify(file)
         state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "all whole"
-    except btc_jax.BTCFormatError as error:
+    except BTCFormatError as error:
         if file.is_dir():
             raise
-        found = btc_jax.Verification(0, 0, (at_a_prompt(error),))
-        state = "nothing to verify" if isinstance(error, btc_jax.BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
+        found = Verification(0, 0, (at_a_prompt(error),))
+        state = "nothing to verify" if isinstance(error, BTCNotCompressedError) else f"damaged; {_FROM_A_COPY}"
     text = f"{file}: {found.leaves} leaves, {found.nbytes:,} bytes, {state}"
     show(as_json, {"file": str(file), "ok": found.ok, **dataclasses.asdict(found)}, *found.damaged, text)
     return 0 if found.ok else 1
@@ -130,7 +131,7 @@ def report(
     show(as_json, found.to_json(), f"{text}{m.effective_bits:.3f} bits, {m.sqnr_db:.2f} dB")
 
 
-def _described(record: "btc_jax.LeafRecord") -> dict[str, Any]:
+def _described(record: "btc_jax.checkpoint.LeafRecord") -> dict[str, Any]:
     from btc_jax.compare import dense_nbytes
 
     packed, weights = record.kind == "packed", math.prod(record.shape)

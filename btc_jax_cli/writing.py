@@ -66,7 +66,7 @@ def quantize(
     btc quantize hf_folder/ small.safetensors --max-shard-bytes 2GB
     btc quantize model.npz small.btc --rule '*/head/*=dense' --rule '*attn*=32'
     """
-    from btc_jax import compress_file, plan_file
+    from btc_jax import plan_file, quantize_file
     from btc_jax._progress import progress
     from btc_jax.checkpoint.write import SUFFIX
 
@@ -80,7 +80,7 @@ def quantize(
         return _show_plan(as_json, found, source, f"dry run: {target} was not written.")
     allocates = targets.target or (policy.codec and policy.codec.rate_controlled)
     with progress("quantizing", _dense_nbytes(source), "allocating bits" if allocates else "") as on_leaf:
-        done = compress_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **targets.goal)
+        done = quantize_file(source, target, policy=policy, max_shard_bytes=shard, on_leaf=on_leaf, **targets.goal)
     ratio = done.bytes_before / max(done.bytes_after, 1)
     resumed = f" ({done.resumed} by an earlier run)" if done.resumed else ""
     show(
@@ -174,7 +174,7 @@ def dequantize(file: File, target: Target, force: Force = False, as_json: AsJson
     \b
     btc dequantize small.safetensors plain.safetensors
     """
-    from btc_jax import open_checkpoint, restore_file
+    from btc_jax import dequantize_file, open_checkpoint
     from btc_jax._progress import progress
     from btc_jax.compare import dense_nbytes
 
@@ -182,7 +182,7 @@ def dequantize(file: File, target: Target, force: Force = False, as_json: AsJson
     with open_checkpoint(file) as checkpoint:
         total = sum(dense_nbytes(record.shape, record.dtype) for record in checkpoint.records.values())
     with progress("dequantizing", total) as on_leaf:
-        done = restore_file(file, target, on_leaf=on_leaf)
+        done = dequantize_file(file, target, on_leaf=on_leaf)
     odd = [f"{path}: {change}" for path, change in done.changed.items()]
     odd += [f"{path}: {what}, left out" for path, what in done.left_out.items()]
     document = {"target": str(target), "leaves": done.leaves, "bytes": done.nbytes}
@@ -190,7 +190,7 @@ def dequantize(file: File, target: Target, force: Force = False, as_json: AsJson
     show(as_json, document, *odd, f"{target}: {done.leaves} leaves, {done.nbytes:,} bytes")
 
 
-def _show_plan(as_json: bool, found: "btc_jax.Plan", source: Path, *more: str) -> None:
+def _show_plan(as_json: bool, found: "btc_jax.plan.Plan", source: Path, *more: str) -> None:
     show(as_json, found.to_json(), lambda: found.table(source.name, full=True), *more)
 
 

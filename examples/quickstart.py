@@ -23,7 +23,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import btc_jax
-from btc_jax import Codec, TreeMetrics, Uniform
+from btc_jax import Uniform
+from btc_jax.baselines import absmax4, apply_baseline, percentile8, uniform8
+from btc_jax.codecs import Codec
+from btc_jax.metrics import TreeMetrics
 from btc_jax.tables import comparison_table
 
 PyTree = Any
@@ -34,7 +37,7 @@ BLOCK_SIZES = (32, 64, 128, 256)
 BUDGETS = (4.5, 3.5)
 """Budgets of effective bits per weight for the multilevel codec."""
 BATCH_SIZE = 64
-BASELINES = {"uniform8": btc_jax.uniform8(), "percentile8": btc_jax.percentile8(), "absmax4": btc_jax.absmax4()}
+BASELINES = {"uniform8": uniform8(), "percentile8": percentile8(), "absmax4": absmax4()}
 TITLE = "BTC by block size, multilevel by bits, others (bits per weight; bytes of all)"
 
 console = Console(markup=False, highlight=False)
@@ -150,7 +153,7 @@ def compare(exam: Exam, params: PyTree, codec: Callable[..., Codec]) -> Iterator
         metrics = btc_jax.btc_metrics(params, tree, btc_jax.Multilevel())
         yield {"name": f"multi {bits}"} | exam.figures(tree, reference) | costs(metrics)
     for name, baseline in BASELINES.items():
-        tree, metrics = btc_jax.apply_baseline(params, baseline)
+        tree, metrics = apply_baseline(params, baseline)
         yield {"name": name} | exam.figures(tree, reference) | costs(metrics)
 
 

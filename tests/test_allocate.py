@@ -8,12 +8,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from btc_jax import (
-    BTCPolicyError,
     Multilevel,
     Policy,
     Rule,
     Uniform,
-    UniformFormat,
     btc_allocate,
     btc_dequantize,
     btc_metrics,
@@ -25,6 +23,8 @@ from btc_jax import (
     save,
 )
 from btc_jax.allocate import nbytes_of, sharing_of
+from btc_jax.formats import UniformFormat
+from btc_jax.policy import BTCPolicyError
 from btc_jax.seal import SEAL
 from btc_jax.sizes import leaf_nbytes
 from tests import oracle

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import lax
 from jax.experimental import checkify
 
-from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed, quantize_leaf, seal
+from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed, seal
+from btc_jax.packing import quantize_leaf
 
 CODECS = [Uniform(32, threshold=0.0), Multilevel(slope=0.004)]
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import Baseline, Policy, Rule, absmax4, apply_baseline, btc_quantize, percentile8, uniform8
+from btc_jax import Policy, Rule, btc_quantize
+from btc_jax.baselines import Baseline, absmax4, apply_baseline, percentile8, uniform8
 from tests import oracle
 
 ANY = Policy(names=("*",), min_size=0)

@@ -21,8 +21,6 @@ from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from btc_jax import (
-    BTCFormatError,
-    BTCTreeWarning,
     Policy,
     Rule,
     Uniform,
@@ -32,12 +30,13 @@ from btc_jax import (
     is_packed,
     load,
     open_checkpoint,
-    quantize_leaf,
     save,
     verify,
 )
+from btc_jax.checkpoint import BTCFormatError, BTCTreeWarning
 from btc_jax.checkpoint import files as files_module
 from btc_jax.checkpoint.files import only_writer, temporary_of, whole_file
+from btc_jax.packing import quantize_leaf
 from tests.golden import make
 
 ALL = Policy(Uniform(32), names=("*",), min_size=0)
@@ -337,7 +336,7 @@ def test_same_content_same_bytes(tmp_path):
     assert one == two
 
 
-@pytest.mark.filterwarnings("ignore::btc_jax.BTCTreeWarning")
+@pytest.mark.filterwarnings("ignore::btc_jax.checkpoint.BTCTreeWarning")
 @pytest.mark.parametrize("name", ["dense", "codecs", "containers"])
 def test_it_is_a_safetensors_file(name, file):
     tree = make.TREES[name][0]()
@@ -565,7 +564,7 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::btc_jax.BTCTreeWarning")
+@pytest.mark.filterwarnings("ignore::btc_jax.checkpoint.BTCTreeWarning")
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("shards", [None, 10])
 def test_what_cannot_be_stored_is_named_and_nothing_is_touched(name, shards, file):

@@ -684,7 +684,7 @@ class TestOneLine:
             btc("inspect", small)
 
     def test_interrupts(self, source, small, tmp_path, monkeypatch):
-        monkeypatch.setattr(btc_jax, "compress_file", fails_with(KeyboardInterrupt()))
+        monkeypatch.setattr(btc_jax, "quantize_file", fails_with(KeyboardInterrupt()))
         monkeypatch.setattr(btc_jax, "open_checkpoint", fails_with(KeyboardInterrupt()))
         assert "resumes where it stopped" in refused("quantize", source, tmp_path / "x", code=130)
         assert "starts it again" in refused("inspect", small, code=130)

@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from btc_jax import BTCTreeWarning, Policy, Uniform, btc_quantize, is_packed, load, quantize_leaf, save
+from btc_jax import Policy, Uniform, btc_quantize, is_packed, load, save
+from btc_jax.checkpoint import BTCTreeWarning
+from btc_jax.packing import quantize_leaf
 from tests.test_checkpoint import same
 
 PACKED = [quantize_leaf(jnp.linspace(-1, 1, 8 * n).reshape(n, 8), Uniform(8, threshold=0.1)) for n in (1, 3)]

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import BTCFormatError, BTCIntegrityError, Uniform, load, open_checkpoint, quantize_leaf, save, verify
+from btc_jax import Uniform, load, open_checkpoint, save, verify
+from btc_jax.checkpoint import BTCFormatError, BTCIntegrityError
+from btc_jax.packing import quantize_leaf
 
 FLIPS = 1000
 

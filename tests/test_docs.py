@@ -1,6 +1,7 @@
 """README.md and the pages in docs: every Python block runs, every `btc` line does what it says."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -163,6 +164,24 @@ def test_the_set_up_commands_are_the_two():
     assert [line.split(" && ")[-1].split()[0] for line in set_up] == [".venv/bin/python", ".venv/bin/pytest"]
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install ") for line in set_up)
     assert set_up[0].endswith(" -m examples.quickstart")
+
+
+def test_the_notebook_runs(monkeypatch):
+    """All of its cells, one after another; and its outputs are there, and small."""
+    pytest.importorskip("sklearn")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    file = ROOT / "examples" / "tour.ipynb"
+    assert file.stat().st_size < 300_000
+    cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert sum(bool(cell["outputs"]) for cell in cells) > 8
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        for i, cell in enumerate(cells):
+            exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
+    matplotlib.pyplot.close("all")
+    assert names["metrics"].total.effective_bits <= 4.5
+    assert names["search"].best is not None
 
 
 def test_the_quickstart_starts_as_a_module():

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import btc_jax
-from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_quantize, is_packed, load, quantize_leaf, save
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_quantize, is_packed, load, save
+from btc_jax.packing import quantize_leaf
 
 TARGETS = {
     "bits": {"bits": 4.5},

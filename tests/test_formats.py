@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import Codec, Coded, Format, MultilevelFormat, Uniform, UniformFormat, format_from_json, quantize_leaf
+from btc_jax import Uniform
 from btc_jax.backends import REFERENCE, Backend, backend_for, register_backend
+from btc_jax.codecs import Codec, Coded
+from btc_jax.formats import Format, MultilevelFormat, UniformFormat, format_from_json
+from btc_jax.packing import quantize_leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import lax
 
 import btc_jax
-from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, fused, is_packed, quantize_leaf
+from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, fused, is_packed
+from btc_jax.packing import quantize_leaf
 
 KEY = jax.random.key(0)
 TARGETS = [{"bits": 4.5}, {"codec": Uniform(threshold=0.03)}, {"codec": Multilevel(width=4)}]

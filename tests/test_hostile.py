@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import btc_jax
-from btc_jax import BTCFormatError
+from btc_jax.checkpoint import BTCFormatError
 from tests.hostile import LIES
 from tests.hostile.forge import checkpoint, header_of, honest, signed, text, write
 from tests.hostile.indexes import index
@@ -80,7 +80,7 @@ for path in sys.argv[1:]:
     start = time.process_time()
     try:
         btc_jax.load(path)
-    except btc_jax.BTCFormatError as error:
+    except btc_jax.checkpoint.BTCFormatError as error:
         assert len(str(error)) < 2000, path
     else:
         raise AssertionError(path)

@@ -1,4 +1,5 @@
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,17 @@ except SystemExit as done:
 """
     found = imported_by(program) & {"btc_jax", "jax", "flax", "numpy"}
     assert not found
+
+
+def test_the_top_level_is_what_everybody_needs():
+    """Some 25 functions and classes; what they return and raise is in the modules next to them."""
+    names = {name for name in vars(btc_jax) if not name.startswith("_")}
+    modules = {name for name in names if inspect.ismodule(getattr(btc_jax, name))}
+    assert names - modules == {
+        *("btc_quantize", "btc_dequantize", "btc_reconstruct", "btc_allocate", "btc_plan", "btc_metrics", "btc_report"),
+        *("btc_evaluate", "btc_logits", "btc_search", "btc_sensitivity", "fused", "backend", "BTCTensor", "is_packed"),
+        *("save", "load", "open_checkpoint", "verify", "quantize_file", "dequantize_file", "plan_file"),
+        *("Uniform", "Multilevel", "Policy", "Rule"),
+    }
+    listed = (btc_jax.__doc__ or "").partition("is in the modules:")[2]
+    assert {name for name in modules if f"`{name}`" in listed} >= {"baselines", "checkpoint", "metrics", "stream"}

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import btc_jax
-from btc_jax import Uniform, compress_file, load, open_checkpoint, quantize_leaf, save
+from btc_jax import Uniform, load, open_checkpoint, quantize_file, save
 from btc_jax.checkpoint import handles
+from btc_jax.packing import quantize_leaf
 
 LEAVES, SHARDS = 100_000, 4096
 NAMES = [
@@ -31,7 +32,7 @@ import numpy as np, jax, jax.numpy as jnp, btc_jax
 warnings.simplefilter("error")
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 file, leaves, shards = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
-one = btc_jax.quantize_leaf(jnp.linspace(-1, 1, 16), btc_jax.Uniform(8, threshold=float("inf")))
+one = btc_jax.packing.quantize_leaf(jnp.linspace(-1, 1, 16), btc_jax.Uniform(8, threshold=float("inf")))
 names = [f"model.layers.{i // 768}.mlp.experts.{i // 3 % 256}.gate_proj{i % 3}.weight" for i in range(leaves)]
 copies = [jax.tree.map(lambda array: np.array(array), one) for _ in names]
 for i, copy in enumerate(copies):
@@ -101,7 +102,7 @@ def test_bytes_a_leaf_with_measured_errors(tmp_path):
     rng = np.random.default_rng(0)
     weights = {name: rng.standard_normal((64, 64)).astype(np.float32) for name in NAMES[:60]}
     save_file(weights, tmp_path / "m.safetensors")
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", Uniform(32))
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", Uniform(32))
     assert header_bytes(tmp_path / "q.safetensors") < 240 * len(weights)
 
 
@@ -138,10 +139,10 @@ def test_few_files_are_open_at_a_time(tmp_path, kernel, monkeypatch):
         first.unlink()
         path = sorted(tree)[0]
         list(map(checkpoint.read, sorted(tree)[5:]))
-        with pytest.raises(btc_jax.BTCFormatError, match="removed while the checkpoint was open"):
+        with pytest.raises(btc_jax.checkpoint.BTCFormatError, match="removed while the checkpoint was open"):
             checkpoint.read(path)
         first.write_bytes(content)
-        with pytest.raises(btc_jax.BTCFormatError, match="replaced while the checkpoint was open"):
+        with pytest.raises(btc_jax.checkpoint.BTCFormatError, match="replaced while the checkpoint was open"):
             checkpoint.read(path)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -151,8 +152,8 @@ def test_too_many_leaves_are_refused_before_any_is_quantized(tmp_path, monkeypat
     monkeypatch.setattr("btc_jax.stream.compress.packed_leaf", None)
     monkeypatch.setattr("btc_jax.checkpoint.write.MAX_SHARDS", 8)
     with pytest.raises(ValueError, match=r"9 leaves would be split into 9 files.*raise max_shard_bytes"):
-        compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", max_shard_bytes=1)
+        quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", max_shard_bytes=1)
     monkeypatch.setattr("btc_jax.checkpoint.header.MAX_TEXT", 1000)
     with pytest.raises(ValueError, match=r"9 leaves need a header of .*max_shard_bytes"):
-        compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
+        quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
     assert os.listdir(tmp_path) == ["m.safetensors"]

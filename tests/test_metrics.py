@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from btc_jax import BTCPolicyError, Policy, Rule, Uniform, btc_dequantize, btc_metrics, btc_quantize
+from btc_jax import Policy, Rule, Uniform, btc_dequantize, btc_metrics, btc_quantize
+from btc_jax.policy import BTCPolicyError
 from btc_jax.seal import SEAL
 from tests import oracle
 

@@ -11,19 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btc_jax import (
-    BTCFormatError,
-    Multilevel,
-    MultilevelFormat,
-    btc_dequantize,
-    btc_quantize,
-    btc_reconstruct,
-    codec_from_json,
-    coding,
-    load,
-    quantize_leaf,
-    save,
-)
+from btc_jax import Multilevel, btc_dequantize, btc_quantize, btc_reconstruct, coding, load, save
+from btc_jax.checkpoint import BTCFormatError
+from btc_jax.codecs import codec_from_json
+from btc_jax.formats import MultilevelFormat
+from btc_jax.packing import quantize_leaf
 from btc_jax.seal import SEAL
 from btc_jax.tiles import blocks_in
 from tests import oracle

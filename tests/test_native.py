@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btc_jax import Multilevel, Uniform, backend, quantize_leaf
+from btc_jax import Multilevel, Uniform, backend
 from btc_jax.backends import native
 from btc_jax.native import build, library, why_not
 from btc_jax.native.build import BuildError
 from btc_jax.native.loading import cache_folder, load
+from btc_jax.packing import quantize_leaf
 from btc_jax.primitives import decode_p, multiply, rows
 from btc_jax.primitives.lookup import reference as looked_up_by_xla
 from btc_jax.primitives.product import reference as multiplied_by_xla
@@ -169,7 +170,7 @@ def run(code, **environment):
 
 QUANTIZE = """
 import numpy as np, btc_jax
-q = btc_jax.quantize_leaf(np.linspace(-1, 1, 4096, dtype="f4").reshape(64, 64), btc_jax.Multilevel(width=4))
+q = btc_jax.packing.quantize_leaf(np.linspace(-1, 1, 4096, dtype="f4").reshape(64, 64), btc_jax.Multilevel(width=4))
 assert abs(np.asarray(q.dequantize()) - np.linspace(-1, 1, 4096).reshape(64, 64)).max() < 0.1
 print(btc_jax.backend())
 """
@@ -227,7 +228,8 @@ def test_the_backend_names_itself(monkeypatch, tmp_path):
 SANITIZED = """
 import sys, ctypes, pathlib
 import numpy as np, jax, jax.numpy as jnp
-from btc_jax import Multilevel, Uniform, quantize_leaf
+from btc_jax import Multilevel, Uniform
+from btc_jax.packing import quantize_leaf
 from btc_jax.native import loading
 sanitized = loading.load(pathlib.Path(sys.argv[1]))
 loading._loaded = lambda: sanitized

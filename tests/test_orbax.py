@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btc_jax import BTCFormatError, BTCIntegrityError, Policy, Uniform, btc_dequantize, btc_quantize, is_packed
+from btc_jax import Policy, Uniform, btc_dequantize, btc_quantize, is_packed
+from btc_jax.checkpoint import BTCFormatError, BTCIntegrityError
 
 ocp = pytest.importorskip("orbax.checkpoint")
 

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from btc_jax import (
-    BTCPolicyError,
-    Codec,
     Multilevel,
     Policy,
     Rule,
@@ -28,15 +26,17 @@ from btc_jax import (
     btc_plan,
     btc_quantize,
     btc_reconstruct,
-    compress_file,
+    dequantize_file,
     is_packed,
     load,
-    quantize_leaf,
-    restore_file,
+    quantize_file,
     save,
     verify,
 )
+from btc_jax.codecs import Codec
+from btc_jax.packing import quantize_leaf
 from btc_jax.pieces import Cut, cut_up, joined
+from btc_jax.policy import BTCPolicyError
 from btc_jax.sizes import padded_nbytes
 from tests.test_multilevel import unchecked
 from tests.test_search import as_users_run_it
@@ -315,11 +315,11 @@ def test_files_of_others_with_stacks(tmp_path):
     policy = Policy(rules=(Rule("kernel", stack=0),))
     goals: Any = ({"bits": 4.5}, {"size": 16_000}, {})
     for goal in goals:
-        done = compress_file(tmp_path / "m.npz", tmp_path / "q.safetensors", policy=policy, **goal)
+        done = quantize_file(tmp_path / "m.npz", tmp_path / "q.safetensors", policy=policy, **goal)
         assert done.packed == 1
         assert load(tmp_path / "q.safetensors")["kernel"].stacks == (0,)
         assert done.bytes_after <= goal.get("size", 10**9)
-        restored = restore_file(tmp_path / "q.safetensors", tmp_path / "r.safetensors")
+        restored = dequantize_file(tmp_path / "q.safetensors", tmp_path / "r.safetensors")
         assert restored.leaves == 1
 
 

@@ -6,17 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax import (
-    Multilevel,
-    Policy,
-    Rule,
-    Uniform,
-    UniformFormat,
-    btc_metrics,
-    btc_plan,
-    btc_quantize,
-    codec_from_json,
-)
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize
+from btc_jax.codecs import codec_from_json
+from btc_jax.formats import UniformFormat
 from btc_jax.seal import SEAL
 from tests import oracle
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from btc_jax import (
-    BTCPolicyError,
     Multilevel,
     Policy,
     Rule,
@@ -27,11 +26,11 @@ from btc_jax import (
     btc_quantize,
     btc_reconstruct,
     btc_search,
-    compress_file,
     is_packed,
     plan_file,
+    quantize_file,
 )
-from btc_jax.policy import LeafSpec
+from btc_jax.policy import BTCPolicyError, LeafSpec
 from btc_jax.policy.rules import first_matches
 
 BIG = jax.ShapeDtypeStruct((64, 64), jnp.float32)
@@ -410,7 +409,7 @@ def test_a_policy_without_a_codec_works_with_every_function(tmp_path):
     save_file({f"{name}.kernel": leaf["kernel"] for name, leaf in weights.items()}, tmp_path / "x.safetensors")
     dotted = Policy(rules=(Rule("head.*", None),))
     assert plan_file(tmp_path / "x.safetensors", policy=dotted, bits=4.5).rows[0].codec == Multilevel()
-    done = compress_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", policy=dotted, bits=4.5)
+    done = quantize_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors", policy=dotted, bits=4.5)
     assert (done.packed, done.effective_bits <= 4.5) == (1, True)
 
 

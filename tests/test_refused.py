@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 
 import btc_jax
-from btc_jax import (
-    BTCTensor,
-    BTCUnknownFormatError,
-    Uniform,
-    UniformFormat,
-    load,
-    quantize_leaf,
-    register_format,
-    save,
-    verify,
-)
-from btc_jax.formats import FORMATS
+from btc_jax import BTCTensor, Uniform, load, save, verify
+from btc_jax.checkpoint import BTCUnknownFormatError
+from btc_jax.formats import FORMATS, UniformFormat, register_format
+from btc_jax.packing import quantize_leaf
 from btc_jax.seal import SEAL
 
 

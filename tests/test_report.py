@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import btc_jax
 from btc_jax import Multilevel, Policy, Rule, Uniform, btc_quantize
+from btc_jax.checkpoint import Checkpoint
 from btc_jax.metrics import btc_metrics
 from btc_jax.report import btc_report, report_files
 from btc_jax.report.histogram import EDGES, histogram
@@ -118,7 +119,7 @@ def test_widths_are_counted():
 
 def test_other_quantizers_are_measured_on_the_same_leaves():
     rows = {row[0]: row[1:] for row in Page(report().html()).tables["quantizers"][1:]}
-    _, found = btc_jax.apply_baseline(tree(), btc_jax.absmax4(), policy=POLICY)
+    _, found = btc_jax.baselines.apply_baseline(tree(), btc_jax.baselines.absmax4(), policy=POLICY)
     bits, nbytes, sqnr, *_ = rows["absmax4 (groups of 32)"]
     assert bits == f"{found.total.effective_bits:.3f}"
     assert (nbytes, sqnr) == (f"{found.bytes_after:,}", f"{found.total.sqnr_db:.2f}")
@@ -151,7 +152,7 @@ def test_names_cannot_write_html():
 def test_from_files_it_is_the_same(tmp_path):
     flat = {f"{name}.{key}": leaf for name, layer in tree().items() if name != "steps" for key, leaf in layer.items()}
     save_file(flat, tmp_path / "a.safetensors")
-    btc_jax.compress_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4.5)
+    btc_jax.quantize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors", bits=4.5)
     seen = []
     found = report_files(
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", on_leaf=lambda *leaf: seen.append(leaf)
@@ -230,9 +231,9 @@ def test_what_cannot_be_reported(tmp_path):
 def test_one_leaf_is_in_memory_at_a_time(tmp_path, monkeypatch):
     leaves = {f"{i}.weight": np.full((64, 64), 0.1 * i, np.float32) for i in range(4)}
     save_file(leaves, tmp_path / "a.safetensors")
-    btc_jax.compress_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    read, before = [], btc_jax.Checkpoint.read_numpy
-    monkeypatch.setattr(btc_jax.Checkpoint, "read_numpy", lambda self, path: read.append(path) or before(self, path))
+    btc_jax.quantize_file(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    read, before = [], Checkpoint.read_numpy
+    monkeypatch.setattr(Checkpoint, "read_numpy", lambda self, path: read.append(path) or before(self, path))
     done = []
     report_files(
         tmp_path / "a.safetensors",

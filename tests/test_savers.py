@@ -13,16 +13,9 @@ from flax import serialization
 from flax.training import train_state
 from jax import export
 
-from btc_jax import (
-    Multilevel,
-    Uniform,
-    UniformFormat,
-    UnknownFormatError,
-    btc_dequantize,
-    btc_quantize,
-    is_packed,
-    quantize_leaf,
-)
+from btc_jax import Multilevel, Uniform, btc_dequantize, btc_quantize, is_packed
+from btc_jax.formats import UniformFormat, UnknownFormatError
+from btc_jax.packing import quantize_leaf
 
 TARGETS = [{}, {"bits": 4.5}, {"codec": Multilevel(width=3)}, {"codec": Multilevel(width=0)}]
 

@@ -13,15 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btc_jax import (
-    BTCPolicyError,
-    Evaluation,
     Multilevel,
-    MultilevelFormat,
     Policy,
     Rule,
-    SearchStatus,
     Uniform,
-    UniformFormat,
     btc_dequantize,
     btc_evaluate,
     btc_logits,
@@ -30,6 +25,10 @@ from btc_jax import (
     btc_search,
     is_packed,
 )
+from btc_jax.evaluate import Evaluation
+from btc_jax.formats import MultilevelFormat, UniformFormat
+from btc_jax.policy import BTCPolicyError
+from btc_jax.search import SearchStatus
 from btc_jax.search.budgets import PREDICTED, Budgets
 
 CODEC = Uniform(threshold=0.0)

@@ -19,8 +19,8 @@ from btc_jax import (
     btc_metrics,
     btc_plan,
     btc_quantize,
-    compress_file,
     load,
+    quantize_file,
     save,
 )
 from btc_jax.allocate import sharing_of
@@ -145,7 +145,7 @@ def test_every_function_takes_them(tmp_path):
     plan = btc_plan(tree, bits=4.5, sensitivity=known, measure=True)
     again = btc_quantize(tree, policy=btc_allocate(tree, bits=4.5, sensitivity=known))
     save_file(TREE, tmp_path / "m.safetensors")
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5, sensitivity=known)
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5, sensitivity=known)
     for found in (again, load(tmp_path / "q.safetensors")):
         assert [leaf["kernel"].nbytes for leaf in found.values()] == nbytes
     assert [row.bytes_max for row in plan.rows] == nbytes

@@ -16,8 +16,9 @@ from flax import nnx, serialization
 from safetensors.numpy import load_file, save_file
 
 import btc_jax
-from btc_jax import BTCPolicyError, Multilevel, Policy, Rule, Uniform, compress_file, plan_file, restore_file
+from btc_jax import Multilevel, Policy, Rule, Uniform, dequantize_file, plan_file, quantize_file
 from btc_jax.compare import compare, open_any
+from btc_jax.policy import BTCPolicyError
 from btc_jax.sources import SafetensorsSource
 from btc_jax.stream import compress as compress_module
 from btc_jax.stream import plan as plan_module
@@ -50,12 +51,12 @@ def parts(folder):
 
 
 def test_a_pytorch_checkpoint_as_it_is(source, tmp_path):
-    done = compress_file(source, tmp_path / "q.safetensors", Uniform(32))
+    done = quantize_file(source, tmp_path / "q.safetensors", Uniform(32))
     params, packed = torch_params(), btc_jax.load(tmp_path / "q.safetensors")
     assert (done.leaves, done.packed, done.resumed) == (5, 3, 0)
     assert done.bytes_before == sum(array.nbytes for array in params.values())
     assert done.bytes_after == (tmp_path / "q.safetensors").stat().st_size
-    expected = btc_jax.quantize_leaf(params["conv.weight"], Uniform(32), "stored")
+    expected = btc_jax.packing.quantize_leaf(params["conv.weight"], Uniform(32), "stored")
     assert np.array_equal(packed["conv.weight"].dequantize(), expected.dequantize())
     assert packed["fc.weight"].dtype == np.float16
     assert packed["bn.num_batches_tracked"] == 7
@@ -63,7 +64,7 @@ def test_a_pytorch_checkpoint_as_it_is(source, tmp_path):
 
 
 def test_the_same_as_saving_the_quantized_tree(source, tmp_path):
-    compress_file(source, tmp_path / "q.safetensors")
+    quantize_file(source, tmp_path / "q.safetensors")
     policy = Policy(names=("*.weight",), order="stored")
     expected = btc_jax.btc_quantize(torch_params(), policy=policy)
     with btc_jax.open_checkpoint(tmp_path / "q.safetensors") as checkpoint:
@@ -78,17 +79,17 @@ def test_the_same_as_saving_the_quantized_tree(source, tmp_path):
 
 def test_plan_bounds_what_is_done(source, tmp_path):
     plan = plan_file(source)
-    compress_file(source, tmp_path / "q.safetensors")
+    quantize_file(source, tmp_path / "q.safetensors")
     with btc_jax.open_checkpoint(tmp_path / "q.safetensors") as checkpoint:
         assert plan.bytes_min <= checkpoint.nbytes <= plan.bytes_max
         assert {row.path for row in plan.rows} == set(checkpoint.records)
 
 
 def test_restore_gives_back_names_shapes_and_dtypes(source, tmp_path):
-    compress_file(source, tmp_path / "q.safetensors")
-    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    quantize_file(source, tmp_path / "q.safetensors")
+    done = dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     restored, params = load_file(tmp_path / "dense.safetensors"), torch_params()
-    assert done == btc_jax.Restored(5, (tmp_path / "dense.safetensors").stat().st_size, {}, {})
+    assert done == btc_jax.stream.DequantizedFile(5, (tmp_path / "dense.safetensors").stat().st_size, {}, {})
     assert {k: (v.shape, v.dtype) for k, v in restored.items()} == {k: (v.shape, v.dtype) for k, v in params.items()}
     assert np.array_equal(restored["conv.bias"], params["conv.bias"])
     np.testing.assert_allclose(restored["conv.weight"], params["conv.weight"], atol=0.02)
@@ -96,15 +97,15 @@ def test_restore_gives_back_names_shapes_and_dtypes(source, tmp_path):
 
 def test_float64_is_remembered(tmp_path):
     np.savez(tmp_path / "model.npz", kernel=np.linspace(-0.1, 0.1, 4096).reshape(64, 64))
-    compress_file(tmp_path / "model.npz", tmp_path / "q.safetensors")
-    restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    quantize_file(tmp_path / "model.npz", tmp_path / "q.safetensors")
+    dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert load_file(tmp_path / "dense.safetensors")["kernel"].dtype == np.float64
 
 
 def test_a_flax_msgpack_file_becomes_nested_dicts(tmp_path):
     params = {"Dense_0": {"kernel": jnp.full((64, 64), 0.5, jnp.bfloat16), "bias": jnp.ones(64)}}
     (tmp_path / "flax.msgpack").write_bytes(serialization.to_bytes(params))
-    compress_file(tmp_path / "flax.msgpack", tmp_path / "q.safetensors")
+    quantize_file(tmp_path / "flax.msgpack", tmp_path / "q.safetensors")
     packed = btc_jax.load(tmp_path / "q.safetensors")
     assert packed["Dense_0"]["kernel"].order == "output-major"
     assert np.array_equal(packed["Dense_0"]["kernel"].dequantize(), np.full((64, 64), 0.5, ml_dtypes.bfloat16))
@@ -112,7 +113,7 @@ def test_a_flax_msgpack_file_becomes_nested_dicts(tmp_path):
 
 def test_an_interrupted_run_goes_on(source, tmp_path):
     whole, target, seen = tmp_path / "whole.safetensors", tmp_path / "q.safetensors", []
-    compress_file(source, whole, max_shard_bytes=None)
+    quantize_file(source, whole, max_shard_bytes=None)
 
     def stop_at_two(path, nbytes):
         seen.append(path)
@@ -120,10 +121,10 @@ def test_an_interrupted_run_goes_on(source, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, target, on_leaf=stop_at_two)
+        quantize_file(source, target, on_leaf=stop_at_two)
     assert not target.exists()
     assert len(parts(tmp_path)) == 1
-    assert compress_file(source, target).resumed == 2
+    assert quantize_file(source, target).resumed == 2
     assert target.read_bytes() == whole.read_bytes()
     assert not parts(tmp_path)
 
@@ -132,18 +133,18 @@ def test_a_killed_run_goes_on(source, tmp_path):
     target = tmp_path / "q.safetensors"
     script = """
         import os, signal, sys
-        from btc_jax import compress_file
+        from btc_jax import quantize_file
         seen = []
         def kill(path, nbytes):
             seen.append(path)
             if len(seen) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        compress_file(sys.argv[1], sys.argv[2], on_leaf=kill)
+        quantize_file(sys.argv[1], sys.argv[2], on_leaf=kill)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(source), str(target)]
     assert subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode == -signal.SIGKILL
     assert not target.exists()
-    assert compress_file(source, target).resumed == 3
+    assert quantize_file(source, target).resumed == 3
     assert btc_jax.verify(target).ok
     assert not parts(tmp_path)
 
@@ -151,8 +152,8 @@ def test_a_killed_run_goes_on(source, tmp_path):
 def test_another_policy_does_not_resume(source, tmp_path):
     target = tmp_path / "q.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, target, on_leaf=interrupt)
-    assert compress_file(source, target, Uniform(32)).resumed == 0
+        quantize_file(source, target, on_leaf=interrupt)
+    assert quantize_file(source, target, Uniform(32)).resumed == 0
     assert not parts(tmp_path)
 
 
@@ -163,15 +164,15 @@ def interrupt(path, nbytes):
 def test_a_damaged_part_is_done_again(source, tmp_path):
     target = tmp_path / "q.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, target, on_leaf=interrupt)
+        quantize_file(source, target, on_leaf=interrupt)
     (folder,) = (tmp_path / name for name in parts(tmp_path))
     (folder / "0.safetensors").write_bytes(b"not a checkpoint")
-    assert compress_file(source, target).resumed == 0
+    assert quantize_file(source, target).resumed == 0
     assert btc_jax.verify(target).ok
 
 
 def test_shards(source, tmp_path):
-    compress_file(source, tmp_path / "q.safetensors", max_shard_bytes=5000)
+    quantize_file(source, tmp_path / "q.safetensors", max_shard_bytes=5000)
     assert len(list(tmp_path.glob("q-*-of-*.safetensors"))) > 1
     assert btc_jax.verify(tmp_path / "q.safetensors").ok
 
@@ -179,19 +180,19 @@ def test_shards(source, tmp_path):
 def test_not_finite_weights_name_the_leaf_and_write_nothing(tmp_path):
     save_file({"a.weight": np.full((64, 64), np.nan, np.float32)}, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match=r"^a\.weight: 4096 of 4096 weights are NaN"):
-        compress_file(tmp_path / "bad.safetensors", tmp_path / "q.safetensors")
+        quantize_file(tmp_path / "bad.safetensors", tmp_path / "q.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
 def test_nothing_to_quantize(tmp_path):
     save_file({"a.weight": np.ones((3, 3), np.float32)}, tmp_path / "small.safetensors")
     with pytest.raises(BTCPolicyError, match="no leaf is packed"):
-        compress_file(tmp_path / "small.safetensors", tmp_path / "q.safetensors")
+        quantize_file(tmp_path / "small.safetensors", tmp_path / "q.safetensors")
 
 
 def test_rules_work_on_paths(source, tmp_path):
     policy = Policy(names=("*.weight",), rules=(Rule("emb.*", None),))
-    assert compress_file(source, tmp_path / "q.safetensors", policy=policy).packed == 2
+    assert quantize_file(source, tmp_path / "q.safetensors", policy=policy).packed == 2
 
 
 def test_conflicting_paths(tmp_path):
@@ -206,9 +207,9 @@ def test_conflicting_paths(tmp_path):
 def test_two_runs_to_one_target_do_not_disturb_each_other(source, tmp_path):
     def second_run(path, nbytes):
         with pytest.raises(BlockingIOError, match="another process is writing"):
-            compress_file(source, tmp_path / "q.safetensors", Uniform(32))
+            quantize_file(source, tmp_path / "q.safetensors", Uniform(32))
 
-    compress_file(source, tmp_path / "q.safetensors", on_leaf=second_run)
+    quantize_file(source, tmp_path / "q.safetensors", on_leaf=second_run)
     assert btc_jax.verify(tmp_path / "q.safetensors").ok
 
 
@@ -226,7 +227,7 @@ def test_prng_keys_do_not_keep_an_nnx_state_from_being_restored(tmp_path):
     model = Model(nnx.Rngs(3))
     state, key = nnx.state(model), model.dropout.rngs.key[...]  # pyright: ignore
     btc_jax.save(tmp_path / "q.safetensors", btc_jax.btc_quantize(state))
-    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    done = dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     restored = load_file(tmp_path / "dense.safetensors")
     assert restored.keys() == {"linear/kernel", "linear/bias", "dropout/rngs/key", "dropout/rngs/count"}
     assert done.changed == {"dropout/rngs/key": "key<fry> as uint32[2]"}
@@ -239,7 +240,7 @@ def test_what_is_not_an_array_is_restored_as_one_or_left_out(tmp_path):
     others = {"huge": 2**63, "text": "net", "complex": np.array([1 + 2j]), "int4": jnp.arange(3, dtype=jnp.int4)}
     keys = jax.random.split(jax.random.key(0), (2, 3))
     btc_jax.save(tmp_path / "q.safetensors", numbers | others | {"keys": keys, "w": jnp.ones(2)})
-    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    done = dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     restored = load_file(tmp_path / "dense.safetensors")
     assert {name: restored[name].item() for name in numbers} == numbers
     assert done.left_out == {"huge": "Python int", "text": "Python str"}
@@ -294,11 +295,11 @@ def test_leaves_of_other_dtypes_come_back_bit_for_bit(tmp_path, target):
         "C64.weight": "complex",
         "w.weight": "default",
     }
-    done = compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", **target)
+    done = quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", **target)
     assert (done.packed, done.leaves) == (1, 8)
     assert done.bytes_after == written(tmp_path) <= 80_000
     assert btc_jax.verify(tmp_path / "q.safetensors").ok
-    restored = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    restored = dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert restored.changed == restored.left_out == {}
     found = plain_tensors(tmp_path / "dense.safetensors")
     assert {name: found[name] for name in odd} == odd
@@ -309,8 +310,8 @@ def test_leaves_of_other_dtypes_come_back_bit_for_bit(tmp_path, target):
 def test_text_and_lost_dtypes_do_not_keep_a_source_from_being_read(tmp_path):
     odd = {"text": np.array("net"), "lost": np.arange(3).astype(jnp.bfloat16)}
     np.savez(tmp_path / "m.npz", kernel=np.full((64, 64), 0.5, np.float32), **odd)
-    compress_file(tmp_path / "m.npz", tmp_path / "q.safetensors", size="20KB")
-    done = restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    quantize_file(tmp_path / "m.npz", tmp_path / "q.safetensors", size="20KB")
+    done = dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert done.changed == {"text": "<U3 as uint8[12]", "lost": "V2 (dtype lost in .npz) as uint8[6]"}
     restored = load_file(tmp_path / "dense.safetensors")
     assert restored["lost"].view(jnp.bfloat16).tolist() == [0, 1, 2]
@@ -321,16 +322,16 @@ def test_text_and_lost_dtypes_do_not_keep_a_source_from_being_read(tmp_path):
 def test_a_record_that_lies_about_its_origin_is_refused(tmp_path, monkeypatch, origin):
     plain_file(tmp_path / "m.safetensors", {"a": ("F4", [8], bytes(4)), "weight": ("F32", [64, 64], bytes(2**14))})
     monkeypatch.setattr(compress_module, "origin_json", lambda real: {"origin": origin} if real else {})
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
-    with pytest.raises(btc_jax.BTCFormatError, match="'a' of 4 bytes"):
-        restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
+    with pytest.raises(btc_jax.checkpoint.BTCFormatError, match="'a' of 4 bytes"):
+        dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     assert not (tmp_path / "dense.safetensors").exists()
 
 
 def test_a_compressed_checkpoint_is_not_compressed_again(source, tmp_path):
-    compress_file(source, tmp_path / "q.safetensors")
+    quantize_file(source, tmp_path / "q.safetensors")
     with pytest.raises(ValueError, match="compressed checkpoint already"):
-        compress_file(tmp_path / "q.safetensors", tmp_path / "again.safetensors")
+        quantize_file(tmp_path / "q.safetensors", tmp_path / "again.safetensors")
 
 
 def test_an_nnx_state_in_an_orbax_folder(tmp_path):
@@ -338,7 +339,7 @@ def test_an_nnx_state_in_an_orbax_folder(tmp_path):
     state = nnx.state(nnx.Linear(64, 64, rngs=nnx.Rngs(0)))
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "orbax", state)
-    assert compress_file(tmp_path / "orbax", tmp_path / "q.safetensors").packed == 1
+    assert quantize_file(tmp_path / "orbax", tmp_path / "q.safetensors").packed == 1
     assert set(btc_jax.load(tmp_path / "q.safetensors")) == {"kernel", "bias"}
 
 
@@ -349,7 +350,7 @@ def test_a_source_that_changes_meanwhile_is_refused(source, tmp_path):
         os.replace(tmp_path / "new.safetensors", source)
 
     with pytest.raises(ValueError, match="was changed while it was read"):
-        compress_file(source, tmp_path / "q.safetensors", on_leaf=change)
+        quantize_file(source, tmp_path / "q.safetensors", on_leaf=change)
     assert not (tmp_path / "q.safetensors").exists()
     assert not parts(tmp_path)
 
@@ -357,11 +358,11 @@ def test_a_source_that_changes_meanwhile_is_refused(source, tmp_path):
 def test_the_source_is_never_the_target(source, tmp_path):
     before = source.read_bytes()
     with pytest.raises(ValueError, match="is the source"):
-        compress_file(source, source)
+        quantize_file(source, source)
     assert source.read_bytes() == before
-    compress_file(source, tmp_path / "q.safetensors")
+    quantize_file(source, tmp_path / "q.safetensors")
     with pytest.raises(ValueError, match="is the source"):
-        restore_file(tmp_path / "q.safetensors", tmp_path / "q.safetensors")
+        dequantize_file(tmp_path / "q.safetensors", tmp_path / "q.safetensors")
 
 
 def test_a_bad_target_is_refused_before_any_work(source, tmp_path):
@@ -369,26 +370,26 @@ def test_a_bad_target_is_refused_before_any_work(source, tmp_path):
         raise AssertionError("work was done")
 
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        compress_file(source, tmp_path / "q.btc", max_shard_bytes=100, on_leaf=never)
+        quantize_file(source, tmp_path / "q.btc", max_shard_bytes=100, on_leaf=never)
 
 
 def test_a_flipped_bit_in_a_part_is_done_again(source, tmp_path):
     target = tmp_path / "q.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, target, on_leaf=interrupt)
+        quantize_file(source, target, on_leaf=interrupt)
     (folder,) = (tmp_path / name for name in parts(tmp_path))
     data = bytearray((folder / "0.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "0.safetensors").write_bytes(data)
-    assert compress_file(source, target).resumed == 0
+    assert quantize_file(source, target).resumed == 0
     assert btc_jax.verify(target).ok
 
 
 def test_parts_of_another_target_are_left_alone(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, tmp_path / "q.other", on_leaf=interrupt)
-    compress_file(source, tmp_path / "q")
-    assert compress_file(source, tmp_path / "q.other").resumed == 1
+        quantize_file(source, tmp_path / "q.other", on_leaf=interrupt)
+    quantize_file(source, tmp_path / "q")
+    assert quantize_file(source, tmp_path / "q.other").resumed == 1
 
 
 def written(folder):
@@ -406,7 +407,7 @@ def same_leaves(packed, expected):
 
 @pytest.mark.parametrize("target", [{"bits": 4.5}, {"rmse": 0.004}, {"sqnr_db": 24.0}], ids=str)
 def test_a_target_is_shared_out_as_in_memory(source, tmp_path, target):
-    done = compress_file(source, tmp_path / "q.safetensors", **target)
+    done = quantize_file(source, tmp_path / "q.safetensors", **target)
     policy = Policy(Multilevel(), names=("*.weight",), order="stored")
     expected = btc_jax.btc_quantize(torch_params(), policy=policy, **target)
     same_leaves(btc_jax.load(tmp_path / "q.safetensors"), expected)
@@ -426,7 +427,7 @@ def test_taps_are_transformed_where_that_pays_in_pytorchs_layout(tmp_path):
     kernels = {"smooth.weight": smooth_kernel(), "rough.weight": smooth_kernel()}
     kernels["rough.weight"] += np.random.default_rng(2).standard_normal((32, 32, 3, 3)).astype(np.float32)
     save_file(kernels, tmp_path / "m.safetensors")
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4)
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4)
     packed = btc_jax.load(tmp_path / "q.safetensors")
     assert (packed["smooth.weight"].order, packed["rough.weight"].order) == ("stored-taps", "stored")
     plain = Policy(Multilevel(), names=("*.weight",))
@@ -436,27 +437,27 @@ def test_taps_are_transformed_where_that_pays_in_pytorchs_layout(tmp_path):
 
 @pytest.mark.parametrize("shards", [None, 5000])
 def test_size_counts_all_that_is_written(source, tmp_path, shards):
-    done = compress_file(source, tmp_path / "q.safetensors", size="15KB", max_shard_bytes=shards)
+    done = quantize_file(source, tmp_path / "q.safetensors", size="15KB", max_shard_bytes=shards)
     assert done.bytes_after == written(tmp_path)
     assert (0.95 if shards is None else 0.8) * 15_000 < written(tmp_path) <= 15_000
 
 
 def test_a_size_below_the_headers_says_what_can_be(source, tmp_path):
     with pytest.raises(ValueError, match=r"size of 1,000 cannot be reached: these leaves and codecs reach from \d,"):
-        compress_file(source, tmp_path / "q.safetensors", size=1000)
+        quantize_file(source, tmp_path / "q.safetensors", size=1000)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 @pytest.mark.parametrize("target", [{"bits": 0.1}, {"bits": 9}, {"sqnr_db": 300}, {"rmse": 1e-12}], ids=str)
 def test_a_target_out_of_reach_writes_nothing(source, tmp_path, target):
     with pytest.raises(ValueError, match="cannot be reached"):
-        compress_file(source, tmp_path / "q.safetensors", **target)
+        quantize_file(source, tmp_path / "q.safetensors", **target)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_wrong_targets_are_refused_before_the_source_is_opened(tmp_path):
     for target in ({"bits": 4, "size": "1MB"}, {"bits": float("nan")}, {"size": "many"}, {"rmse": -1}):
-        for function in (lambda **given: compress_file("nowhere", tmp_path / "q", **given), plan_of_nowhere):
+        for function in (lambda **given: quantize_file("nowhere", tmp_path / "q", **given), plan_of_nowhere):
             with pytest.raises(ValueError, match=r"one target|must be"):
                 function(**target)
 
@@ -467,7 +468,7 @@ def plan_of_nowhere(**target):
 
 def test_a_plan_that_is_measured_is_what_is_done(source, tmp_path):
     plan, exact = plan_file(source, bits=4), plan_file(source, bits=4, measure=True)
-    compress_file(source, tmp_path / "q.safetensors", bits=4)
+    quantize_file(source, tmp_path / "q.safetensors", bits=4)
     with btc_jax.open_checkpoint(tmp_path / "q.safetensors") as checkpoint:
         stored = {path: (record.nbytes, record.details.get("order")) for path, record in checkpoint.records.items()}
     assert {row.path: (row.bytes_min, row.codec and row.order) for row in exact.rows} == stored
@@ -475,10 +476,10 @@ def test_a_plan_that_is_measured_is_what_is_done(source, tmp_path):
 
 
 def test_a_run_for_a_target_goes_on_with_the_same_choices(source, tmp_path):
-    compress_file(source, tmp_path / "whole.safetensors", bits=4)
+    quantize_file(source, tmp_path / "whole.safetensors", bits=4)
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, tmp_path / "q.safetensors", bits=4, on_leaf=interrupt)
-    assert compress_file(source, tmp_path / "q.safetensors", bits=4).resumed == 1
+        quantize_file(source, tmp_path / "q.safetensors", bits=4, on_leaf=interrupt)
+    assert quantize_file(source, tmp_path / "q.safetensors", bits=4).resumed == 1
     assert (tmp_path / "q.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not parts(tmp_path)
 
@@ -486,8 +487,8 @@ def test_a_run_for_a_target_goes_on_with_the_same_choices(source, tmp_path):
 @pytest.mark.parametrize("other", [{"bits": 3}, {"bits": 4, "codec": Multilevel(effort="exhaustive")}, {}], ids=str)
 def test_another_target_does_not_resume(source, tmp_path, other):
     with pytest.raises(KeyboardInterrupt):
-        compress_file(source, tmp_path / "q.safetensors", bits=4, on_leaf=interrupt)
-    assert compress_file(source, tmp_path / "q.safetensors", **other).resumed == 0
+        quantize_file(source, tmp_path / "q.safetensors", bits=4, on_leaf=interrupt)
+    assert quantize_file(source, tmp_path / "q.safetensors", **other).resumed == 0
     assert not parts(tmp_path)
 
 
@@ -507,7 +508,7 @@ def test_one_leaf_is_in_memory_at_a_time(tmp_path, monkeypatch):
         return leaf
 
     monkeypatch.setattr(SafetensorsSource, "read", watched)
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
     assert most <= 1, "a leaf was kept while the next was read"
     assert {reads.count(f"{i}.weight") for i in range(5)} == {2}  # for the statistics, and for the codes
 
@@ -528,21 +529,21 @@ def test_samples_of_leaves_are_small(tmp_path, monkeypatch):
         return read(self, path)
 
     monkeypatch.setattr(SafetensorsSource, "read", watched)
-    compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
+    quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
     assert max(kept) <= 3 * 2**19
 
 
 def test_not_finite_weights_under_a_target(tmp_path):
     save_file({"a.weight": np.full((64, 64), np.nan, np.float32)}, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError, match=r"^a\.weight: 4096 of 4096 weights are NaN"):
-        compress_file(tmp_path / "bad.safetensors", tmp_path / "q.safetensors", bits=4)
+        quantize_file(tmp_path / "bad.safetensors", tmp_path / "q.safetensors", bits=4)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.safetensors"]
 
 
 def test_float64_under_a_target(tmp_path):
     np.savez(tmp_path / "model.npz", kernel=np.linspace(-0.1, 0.1, 4096).reshape(64, 64))
-    compress_file(tmp_path / "model.npz", tmp_path / "q.safetensors", bits=6)
-    restore_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
+    quantize_file(tmp_path / "model.npz", tmp_path / "q.safetensors", bits=6)
+    dequantize_file(tmp_path / "q.safetensors", tmp_path / "dense.safetensors")
     restored = load_file(tmp_path / "dense.safetensors")["kernel"]
     assert restored.dtype == np.float64
     np.testing.assert_allclose(restored, np.linspace(-0.1, 0.1, 4096).reshape(64, 64), atol=0.005)
@@ -550,7 +551,7 @@ def test_float64_under_a_target(tmp_path):
 
 def test_leaves_that_come_back_exactly(tmp_path):
     np.savez(tmp_path / "model.npz", kernel=np.zeros((64, 64), np.float32))
-    done = compress_file(tmp_path / "model.npz", tmp_path / "q.safetensors", bits=4)
+    done = quantize_file(tmp_path / "model.npz", tmp_path / "q.safetensors", bits=4)
     assert (done.rmse, done.sqnr_db) == (0, float("inf"))
     assert done.effective_bits < 0.3
 
@@ -559,10 +560,10 @@ def test_two_runs_for_a_target_do_not_disturb_each_other(source, tmp_path, monke
     def second_run(*given, **options):
         monkeypatch.undo()
         with pytest.raises(BlockingIOError, match="another process is writing"):
-            compress_file(source, tmp_path / "q.safetensors", bits=4)
+            quantize_file(source, tmp_path / "q.safetensors", bits=4)
         return choose(*given, **options)
 
     choose = plan_module.choose
     monkeypatch.setattr(plan_module, "choose", second_run)
-    compress_file(source, tmp_path / "q.safetensors", bits=4)
+    quantize_file(source, tmp_path / "q.safetensors", bits=4)
     assert btc_jax.verify(tmp_path / "q.safetensors").ok

@@ -10,17 +10,8 @@ import treescope
 from rich import box
 from rich.console import Console
 
-from btc_jax import (
-    Evaluation,
-    Multilevel,
-    Policy,
-    Rule,
-    Uniform,
-    btc_metrics,
-    btc_plan,
-    btc_quantize,
-    btc_search,
-)
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_metrics, btc_plan, btc_quantize, btc_search
+from btc_jax.evaluate import Evaluation
 from btc_jax.tables import as_text, comparison_table
 
 LONG = "encoder/layers_11/self_attention/query/kernel"

@@ -9,22 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from btc_jax import (
-    BTCFormatError,
-    Multilevel,
-    Policy,
-    Rule,
-    Uniform,
-    btc_dequantize,
-    btc_plan,
-    btc_quantize,
-    is_packed,
-    load,
-    quantize_leaf,
-    save,
-)
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_dequantize, btc_plan, btc_quantize, is_packed, load, save
 from btc_jax._typing import Order
 from btc_jax.blocks import MAX_TAPS, axes, blocks_of, join, tap_sizes, with_taps
+from btc_jax.checkpoint import BTCFormatError
+from btc_jax.packing import quantize_leaf
 from tests import oracle
 from tests.test_multilevel import forged, same_bytes
 

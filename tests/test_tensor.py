@@ -11,7 +11,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from btc_jax import BTCTensor, Multilevel, Uniform, btc_reconstruct, coding, is_packed, quantize_leaf
+from btc_jax import BTCTensor, Multilevel, Uniform, btc_reconstruct, coding, is_packed
+from btc_jax.packing import quantize_leaf
 
 
 def packed(shape=(16, 40), codec=None, order: Any = "output-major", dtype: Any = np.float32):

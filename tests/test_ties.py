@@ -14,8 +14,6 @@ from btc_jax import (
     Policy,
     Rule,
     Uniform,
-    absmax4,
-    apply_baseline,
     btc_allocate,
     btc_dequantize,
     btc_metrics,
@@ -24,6 +22,7 @@ from btc_jax import (
     btc_reconstruct,
     btc_search,
 )
+from btc_jax.baselines import absmax4, apply_baseline
 from btc_jax.tree import flatten
 
 TABLE = 0.1 * jax.random.normal(jax.random.key(0), (300, 64))

@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 import safetensors
 
-from btc_jax import (
-    BTCFormatError,
-    Uniform,
-    load,
-    open_checkpoint,
-    quantize_leaf,
-    restore_file,
-    save,
-    verify,
-)
+from btc_jax import Uniform, dequantize_file, load, open_checkpoint, save, verify
+from btc_jax.checkpoint import BTCFormatError
 from btc_jax.compare import compare, open_any
+from btc_jax.packing import quantize_leaf
 
 
 @pytest.fixture
@@ -88,7 +81,7 @@ def test_equal_values_are_not_tied(file, leaf):
 
 def test_restored_and_compared(file, tmp_path):
     save(file, tied(True))
-    restore_file(file, tmp_path / "plain.safetensors")
+    dequantize_file(file, tmp_path / "plain.safetensors")
     with safetensors.safe_open(tmp_path / "plain.safetensors", "np") as plain:
         assert np.array_equal(plain.get_tensor("embed/embedding"), plain.get_tensor("head/kernel"))
     with open_any(file) as a, open_any(tmp_path / "plain.safetensors") as b:

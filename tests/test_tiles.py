@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import btc_jax
-from btc_jax import Multilevel, Policy, Rule, Uniform, btc_quantize, quantize_leaf
+from btc_jax import Multilevel, Policy, Rule, Uniform, btc_quantize
 from btc_jax.backends.xla import tile_rows
 from btc_jax.blocks import ORDERS, axes, put
+from btc_jax.packing import quantize_leaf
 from tests import oracle
 
 PACK_ALL = Policy(min_size=0)
@@ -203,9 +204,9 @@ def test_each_leaf_is_read_twice_at_most(tmp_path, monkeypatch):
     save_file({f"{i}.weight": leaf["kernel"] for i, leaf in tree_of(SOME).items()}, tmp_path / "m.safetensors")
     read, reads = SafetensorsSource.read, []
     monkeypatch.setattr(SafetensorsSource, "read", lambda self, path: (reads.append(path), read(self, path))[1])
-    btc_jax.compress_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
+    btc_jax.quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)
     assert sorted(reads) == sorted(2 * [f"{i}.weight" for i in range(3)])
     reads.clear()
     rules = (Rule("*", Multilevel(width=4)),)
-    btc_jax.compress_file(tmp_path / "m.safetensors", tmp_path / "w.safetensors", policy=Policy(rules=rules))
+    btc_jax.quantize_file(tmp_path / "m.safetensors", tmp_path / "w.safetensors", policy=Policy(rules=rules))
     assert sorted(reads) == [f"{i}.weight" for i in range(3)]

@@ -14,7 +14,8 @@ from flax import nnx
 from flax.training import train_state
 from safetensors.numpy import save_file
 
-from btc_jax import BTCPolicyError, Policy, Rule, Uniform, btc_plan, btc_quantize, compress_file, is_packed, plan_file
+from btc_jax import Policy, Rule, Uniform, btc_plan, btc_quantize, is_packed, plan_file, quantize_file
+from btc_jax.policy import BTCPolicyError
 
 BIG = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 PARAMS = {"a": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}, "v": {"kernel": jnp.ones((64, 64))}}
@@ -236,7 +237,7 @@ def test_a_model_of_which_only_an_average_is_there(tmp_path):
     assert (is_packed(packed["weight"]), is_packed(packed["bias"])) == (True, False)
     save_file({"params_ema.conv.weight": tree["params_ema"]["conv"]["weight"]}, tmp_path / "x.safetensors")
     with pytest.raises(BTCPolicyError, match=r"Rule\('params_ema\*weight'\)"):
-        compress_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
+        quantize_file(tmp_path / "x.safetensors", tmp_path / "y.safetensors")
 
 
 def test_moments_of_a_train_state_in_training_pass_through():

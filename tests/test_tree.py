@@ -11,12 +11,10 @@ import pytest
 from flax import nnx
 
 from btc_jax import (
-    BTCPolicyError,
     Multilevel,
     Policy,
     Rule,
     Uniform,
-    UniformFormat,
     btc_allocate,
     btc_dequantize,
     btc_metrics,
@@ -24,8 +22,10 @@ from btc_jax import (
     btc_quantize,
     btc_reconstruct,
     is_packed,
-    quantize_leaf,
 )
+from btc_jax.formats import UniformFormat
+from btc_jax.packing import quantize_leaf
+from btc_jax.policy import BTCPolicyError
 
 
 class Pair(NamedTuple):

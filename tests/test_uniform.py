@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btc_jax import Uniform, UniformFormat, codec_from_json, quantize_leaf
+from btc_jax import Uniform
+from btc_jax.codecs import codec_from_json
+from btc_jax.formats import UniformFormat
+from btc_jax.packing import quantize_leaf
 from tests import oracle
 
 FEW = settings(max_examples=40, deadline=None)

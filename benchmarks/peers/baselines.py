@@ -3,7 +3,8 @@
 import numpy as np
 
 from benchmarks.peers import Reconstruct
-from btc_jax import Baseline, Policy, Uniform, absmax4, apply_baseline, percentile8, uniform8
+from btc_jax import Policy, Uniform
+from btc_jax.baselines import Baseline, absmax4, apply_baseline, percentile8, uniform8
 
 BASELINES = (uniform8(), percentile8(99.9), absmax4(32), absmax4(64), absmax4(128))
 EVERYTHING = Policy(Uniform(), names=("*",), min_size=0, order="stored")

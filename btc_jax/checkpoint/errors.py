@@ -19,7 +19,7 @@ class BTCNotCompressedError(BTCFormatError):
         remedy: what writes a compressed one.
     """
 
-    def __init__(self, problem: str, remedy: str = "btc_jax.save and btc_jax.compress_file write one"):
+    def __init__(self, problem: str, remedy: str = "btc_jax.save and btc_jax.quantize_file write one"):
         super().__init__(f"{problem}; {remedy}")
         self.problem, self.remedy = problem, remedy
 
@@ -32,7 +32,7 @@ class BTCUnknownFormatError(BTCFormatError):
     """A leaf is whole as far as its checksum tells, and its format is not registered here.
 
     Attributes:
-        format: the id of the format; see `btc_jax.register_format`.
+        format: the id of the format; see `btc_jax.formats.register_format`.
     """
 
     def __init__(self, message: str, form: Any):

@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         TypeError: if a leaf or a key of the tree cannot be stored, or the arrays of a packed leaf were changed; the
             message names it. What `load` would refuse is refused here, before anything is written.
         ValueError: if two leaves have one path, a packed leaf is stacked or of a format that is not registered
-            (`btc_jax.register_format`), or there are too many leaves for one file, or too many files.
+            (`btc_jax.formats.register_format`), or there are too many leaves for one file, or too many files.
         OSError: if it could not be written; a `BlockingIOError` if another process is writing it, a `FileExistsError`
             if the index of another system stands beside it.
 

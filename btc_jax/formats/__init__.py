@@ -24,7 +24,7 @@ class UnknownFormatError(ValueError):
         known = ", ".join(map(repr, sorted(FORMATS)))
         super().__init__(
             f"unknown format {str(name)[:60]!r}; known are {known}. Register one of your own with "
-            "btc_jax.register_format before files of it are saved or loaded"
+            "btc_jax.formats.register_format before files of it are saved or loaded"
         )
         self.id = name
 
@@ -47,7 +47,7 @@ def register_format(form: _F) -> _F:
 
     Examples:
         >>> import dataclasses
-        >>> from btc_jax import UniformFormat, register_format
+        >>> from btc_jax.formats import UniformFormat, register_format
         >>> @register_format
         ... @dataclasses.dataclass(frozen=True)
         ... class Coarse(UniformFormat):
@@ -57,7 +57,7 @@ def register_format(form: _F) -> _F:
         (2,)
     """
     if not (isinstance(form, type) and issubclass(form, Format)):
-        raise TypeError(f"{form!r} is not a subclass of btc_jax.Format")
+        raise TypeError(f"{form!r} is not a subclass of btc_jax.formats.Format")
     name = getattr(form, "id", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"{form.__name__}.id is {name!r}; it must be text, the name of the format in files")

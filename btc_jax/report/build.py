@@ -95,7 +95,7 @@ def report_files(
     """The same for a compressed checkpoint and the one that it was made of.
 
     Args:
-        before: a checkpoint of any kind that `compress_file` reads, or a compressed one.
+        before: a checkpoint of any kind that `quantize_file` reads, or a compressed one.
         after: a compressed checkpoint.
         baselines: as for `btc_report`.
         on_leaf: called after each leaf with its path and its bytes when dense.

@@ -32,8 +32,8 @@ OnLeaf = Callable[[str, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Compressed:
-    """What `compress_file` did.
+class QuantizedFile:
+    """What `quantize_file` did.
 
     Attributes:
         leaves, packed: number of leaves, and of those the packed ones.
@@ -57,7 +57,7 @@ class Compressed:
     seconds: float
 
 
-def compress_file(
+def quantize_file(
     source: PathLike,
     target: PathLike,
     codec: Codec | None = None,
@@ -66,7 +66,7 @@ def compress_file(
     max_shard_bytes: int | None = None,
     on_leaf: OnLeaf | None = None,
     **goal: Unpack[Goal],
-) -> Compressed:
+) -> QuantizedFile:
     """Compresses a checkpoint file into another, one leaf at a time.
 
     Paths are kept; a `/` in them becomes a dict in the compressed tree. If it is interrupted, the same call goes on
@@ -109,7 +109,7 @@ def compress_file(
             total, packed = _total([record for record, _ in stored])
             stored = [(_in_short(record), arrays) for record, arrays in stored]
             written = write_leaves(target, node, stored, max_shard_bytes)
-    return Compressed(
+    return QuantizedFile(
         leaves=len(leaves),
         packed=packed,
         resumed=resumed,

@@ -35,9 +35,9 @@ def plan_file(
     measure: bool = False,
     **goal: Unpack[Goal],
 ) -> Plan:
-    """What `compress_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
+    """What `quantize_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
 
-    Args: as for `compress_file` and `btc_plan`.
+    Args: as for `quantize_file` and `btc_plan`.
 
     Raises:
         ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
@@ -78,7 +78,8 @@ def nested(source: Source) -> PyTree:
     """
     if source.compressed:
         raise CompressedSourceError(
-            f"{source.file} is a compressed checkpoint already", "decode it first, with restore_file or btc_dequantize"
+            f"{source.file} is a compressed checkpoint already",
+            "decode it first, with dequantize_file or btc_dequantize",
         )
     tree: dict[str, Any] = {}
     for leaf in source.leaves:
@@ -93,7 +94,7 @@ def nested(source: Source) -> PyTree:
 
 
 def read_tree(source: PathLike) -> PyTree:
-    """All leaves of a dense checkpoint as nested dicts of numpy arrays; `compress_file` reads one at a time.
+    """All leaves of a dense checkpoint as nested dicts of numpy arrays; `quantize_file` reads one at a time.
 
     Raises:
         ValueError, FileNotFoundError: if it cannot be read, or is compressed.

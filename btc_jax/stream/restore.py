@@ -25,8 +25,8 @@ _CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Restored:
-    """What `restore_file` wrote.
+class DequantizedFile:
+    """What `dequantize_file` wrote.
 
     Attributes:
         leaves: number of leaves written.
@@ -41,7 +41,7 @@ class Restored:
     left_out: dict[str, str]
 
 
-def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = None) -> Restored:
+def dequantize_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = None) -> DequantizedFile:
     """Decodes a checkpoint into a plain safetensors file, with the original names and dtypes.
 
     Typed PRNG keys are written as their uint32 data, numbers of Python as arrays without axes, and arrays of a dtype
@@ -56,7 +56,7 @@ def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = N
         >>> tree = {"kernel": jnp.ones((64, 64)), "key": jax.random.key(0), "name": "net"}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = btc_jax.save(f"{folder}/small", btc_jax.btc_quantize(tree))
-        ...     done = restore_file(f"{folder}/small", f"{folder}/plain.safetensors")
+        ...     done = dequantize_file(f"{folder}/small", f"{folder}/plain.safetensors")
         >>> done.leaves, done.changed, done.left_out
         (2, {'key': 'key<fry> as uint32[2]'}, {'name': 'Python str'})
     """
@@ -70,7 +70,7 @@ def restore_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = N
         size = _write(target, entries, on_leaf)
         left_out = {path: _what(checkpoint.records[path]) for path, entry in plain.items() if not entry}
     changed = {path: entry.change for path, entry in entries.items() if entry.change}
-    return Restored(len(entries), size, changed, left_out)
+    return DequantizedFile(len(entries), size, changed, left_out)
 
 
 class _Entry(NamedTuple):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import btc_jax
-from btc_jax import Baseline, Uniform
-from btc_jax.baselines import _group, _reconstruct
+from btc_jax import Uniform
+from btc_jax.baselines import Baseline, _group, _reconstruct
 from btc_jax.metrics import storage_of
 from btc_jax.seal import SEAL
 from examples.paper.published import table
@@ -34,12 +34,12 @@ def complexity() -> list[Row]:
     weights, copy = jnp.asarray(array), np.empty_like(array)
     calls = {"copy in memory": lambda: np.copyto(copy, array)}
     rows: dict[str, Row] = {"copy in memory": {"calibration": "", "header": 0.0, "peak": 1.0}}
-    for kind, name in ((btc_jax.uniform8(), "uniform8"), (btc_jax.percentile8(), "percentile8")):
+    for kind, name in ((btc_jax.baselines.uniform8(), "uniform8"), (btc_jax.baselines.percentile8(), "percentile8")):
         calls[name], rows[name] = _baseline(weights, kind)
     for size in (64, 256):
         name = f"BTC {size}"
         calls[name], rows[name] = _btc(weights, Uniform(size))
-        calls[f"{name}, packed"] = lambda size=size: btc_jax.quantize_leaf(weights, Uniform(size)).planes
+        calls[f"{name}, packed"] = lambda size=size: btc_jax.packing.quantize_leaf(weights, Uniform(size)).planes
         rows[f"{name}, packed"] = rows[name] | {"peak": None}
     seconds = _medians(calls)
     base = seconds["copy in memory"]
@@ -58,7 +58,7 @@ def _btc(weights: jax.Array, codec: Uniform) -> tuple[Callable[[], Any], Row]:
     def both(w: jax.Array) -> Any:
         return btc_jax.btc_reconstruct({"kernel": w}, codec)
 
-    run, header = jax.jit(both), storage_of(btc_jax.quantize_leaf(weights, codec)).header_bits
+    run, header = jax.jit(both), storage_of(btc_jax.packing.quantize_leaf(weights, codec)).header_bits
     return lambda: run(weights), {
         "calibration": "none",
         "header": header / weights.size,
@@ -93,7 +93,7 @@ def _stored(size: int, bits: int) -> Row:
     codec = Uniform(size, threshold=1e9 if bits == Uniform.low_bits else 1e-9)
     blocks = 64  # a multiple of 8, so that the bits of their widths fill bytes
     weights = np.random.default_rng(0).standard_normal((size, blocks), np.float32)
-    storage = storage_of(btc_jax.quantize_leaf(weights, codec))
+    storage = storage_of(btc_jax.packing.quantize_leaf(weights, codec))
     payload, header = storage.payload_bits // blocks, storage.header_bits // blocks
     assert (payload + header) * blocks == 8 * (storage.nbytes - SEAL.nbytes)
     return {"block_size": size, "bits": bits, "payload": payload, "header": header, "overhead": header / size}

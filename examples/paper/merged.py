@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btc_jax import Measures, Policy, TreeMetrics, Uniform
+from btc_jax import Policy, Uniform
 from btc_jax.blocks import axes, inverse
 from btc_jax.coding import Error
-from btc_jax.metrics import LeafMetrics, LeafRow, Storage, dict_of, tree_metrics
+from btc_jax.metrics import LeafMetrics, LeafRow, Measures, Storage, TreeMetrics, dict_of, tree_metrics
 from btc_jax.sizes import leaf_nbytes, packed_nbytes
 
 PyTree = Any

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import btc_jax
-from btc_jax import Baseline, Codec, Multilevel, Policy, TreeMetrics, Uniform
+from btc_jax import Multilevel, Policy, Uniform
+from btc_jax.baselines import Baseline
+from btc_jax.codecs import Codec
+from btc_jax.metrics import TreeMetrics
 from examples.paper.exams import Exam
 from examples.paper.merged import layer_metrics, merged_policy, restore
 
@@ -61,13 +64,13 @@ def searched(params: PyTree, exam: Exam) -> Quantized:
 
 def baseline(kind: Baseline) -> Callable[[PyTree, Exam], Quantized]:
     """One of the library's other quantizers, decoded immediately."""
-    return lambda params, exam: Quantized(*btc_jax.apply_baseline(params, kind, policy=policy()))
+    return lambda params, exam: Quantized(*btc_jax.baselines.apply_baseline(params, kind, policy=policy()))
 
 
 METHODS: dict[str, Callable[[PyTree, Exam], Quantized]] = {
     "float32": unquantized,
     "BTC": searched,
-    "uniform8": baseline(btc_jax.uniform8()),
-    "percentile8": baseline(btc_jax.percentile8()),
+    "uniform8": baseline(btc_jax.baselines.uniform8()),
+    "percentile8": baseline(btc_jax.baselines.percentile8()),
     "Multilevel": lambda params, exam: quantized(params, Multilevel(), bits=BUDGET),
 }

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from btc_jax import TreeMetrics
+from btc_jax.metrics import TreeMetrics
 from examples.paper.exams import Exam
 from examples.paper.methods import METHODS
 

@@ -18,7 +18,9 @@ import numpy as np
 from flax import nnx
 from flax.core import FrozenDict
 
-from btc_jax import BTCTensor, BTCTreeWarning, Multilevel, Uniform, quantize_leaf, save
+from btc_jax import BTCTensor, Multilevel, Uniform, save
+from btc_jax.checkpoint import BTCTreeWarning
+from btc_jax.packing import quantize_leaf
 from btc_jax.planes import pack_planes, plane_specs
 
 FOLDER = Path(__file__).parent
