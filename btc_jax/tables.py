@@ -3,7 +3,7 @@
 import html
 import io
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from rich import box
 from rich.console import Console
@@ -42,31 +42,42 @@ class Shown:
 
 
 class Drawn(Shown):
-    """A record that can be drawn too."""
+    """A record that can also be drawn.
 
-    def draw(self, ax: Any) -> None:
+    Attributes:
+        kinds: the pictures there are; the first is the usual one.
+    """
+
+    kinds: ClassVar[tuple[str, ...]]
+
+    def draw(self, ax: Any, kind: str) -> None:
         """Draws the record on a matplotlib axis."""
         raise NotImplementedError
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Any = None, kind: str | None = None) -> Any:
         """Draws the record with matplotlib.
 
         Args:
-            ax: the axis to draw on; a new one if left out.
+            ax: the axis to draw on; by default a new one.
+            kind: one of `kinds`; by default the first.
 
         Returns:
             The axis.
 
         Raises:
-            ImportError: if there is no axis, and matplotlib is not installed.
+            ValueError: if there is no such kind.
+            ImportError: if no axis is given, and matplotlib is not installed.
         """
+        kind = self.kinds[0] if kind is None else kind
+        if kind not in self.kinds:
+            raise ValueError(f"kind is {kind!r}; it can be {', '.join(map(repr, self.kinds))}")
         if ax is None:
             try:
                 from matplotlib import pyplot
             except ImportError as error:
                 raise ImportError('plots need matplotlib: pip install "btc_jax[plot]"') from error
             ax = pyplot.subplots(layout="constrained")[1]
-        self.draw(ax)
+        self.draw(ax, kind)
         return ax
 
 

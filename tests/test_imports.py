@@ -118,7 +118,17 @@ with tempfile.TemporaryDirectory() as folder:
 
 @pytest.mark.parametrize("program", ["import btc_jax", PACKING, PACKING + LOADING], ids=["import", "pack", "load"])
 def test_the_library_imports_nothing_large_beside_jax_and_flax(program):
-    large = {"flax.nnx", "optax", "typer", "rich.progress", "matplotlib", "orbax", "tensorstore", "safetensors"}
+    large = {
+        "flax.nnx",
+        "optax",
+        "typer",
+        "rich.progress",
+        "matplotlib",
+        "orbax",
+        "tensorstore",
+        "safetensors",
+        "jinja2",
+    }
     found = imported_by(program) & large
     assert not found
 

@@ -261,12 +261,6 @@ def test_in_a_browser(tmp_path, width):
     assert_numbers(done.stdout, report())
 
 
-def test_without_jinja(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r'pip install "btc_jax\[report\]"'):
-        report().html()
-
-
 def test_several_devices():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))

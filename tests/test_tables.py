@@ -303,6 +303,27 @@ def test_plots_draw_what_the_records_say():
     assert points == {(m.effective_bits, m.rmse) for m in totals}
 
 
+def test_error_against_bits():
+    from matplotlib.figure import Figure
+
+    m = metrics()
+    ax = m.plot(Figure().subplots(), kind="error")
+    (points,) = ax.collections
+    packed = [leaf.measures for leaf in m.leaves if leaf.measures]
+    assert points.get_offsets().tolist() == [[p.effective_bits, pytest.approx(p.sqnr_db)] for p in packed]
+    with pytest.raises(ValueError, match="kind is 'nope'; it can be 'bits', 'error'"):
+        m.plot(Figure().subplots(), kind="nope")
+
+
+@pytest.mark.parametrize(("kind", "drawn"), [("error", True), ("accuracy", True), ("kl", False)])
+def test_each_kind_of_search_history(kind, drawn):
+    from matplotlib.figure import Figure
+
+    search = btc_search(tree(), lambda _: 0.5, policy=POLICY, block_sizes=(32, 64), max_rmse=None)
+    ax = search.plot(Figure().subplots(), kind=kind)
+    assert sum(len(points.get_offsets()) for points in ax.collections) == (3 if drawn else 0)
+
+
 def test_plots_say_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"btc_jax\[plot\]"):

@@ -7,7 +7,7 @@ block and the seal of each leaf included.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 
@@ -115,6 +115,8 @@ class TreeMetrics(Drawn):
         bytes_before, bytes_after: bytes of the whole tree, dense leaves included.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("bits", "error")
+
     leaves: tuple[LeafMetrics, ...]
     total: Measures
     bytes_before: int
@@ -145,12 +147,19 @@ class TreeMetrics(Drawn):
         add_row(table, [cells.get(name, "") for name in columns], "bold")
         return table
 
-    def draw(self, ax: Any) -> None:
-        """Draws the effective bits of each packed leaf, in the order of the tree, and their mean."""
-        leaves = [(leaf.path, leaf.measures.effective_bits) for leaf in self.leaves if leaf.measures]
-        ax.barh([path for path, _ in leaves], [bits for _, bits in leaves])
-        ax.axvline(self.total.effective_bits, linestyle="--", color="0.3", label="all packed leaves")
-        ax.invert_yaxis()
+    def draw(self, ax: Any, kind: str) -> None:
+        """Draws the effective bits of each packed leaf in the order of the tree, or its SQNR against its bits."""
+        leaves = [(leaf.path, leaf.measures) for leaf in self.leaves if leaf.measures]
+        bits = [m.effective_bits for _, m in leaves]
+        if kind == "bits":
+            ax.barh([path for path, _ in leaves], bits)
+            ax.axvline(self.total.effective_bits, linestyle="--", color="0.3", label="all packed leaves")
+            ax.invert_yaxis()
+        else:
+            largest = max((m.weights for _, m in leaves), default=1)
+            ax.scatter(bits, [m.sqnr_db for _, m in leaves], s=[20 + 180 * m.weights / largest for _, m in leaves])
+            ax.plot(self.total.effective_bits, self.total.sqnr_db, "*", color="0.3", label="all packed leaves")
+            ax.set_ylabel("SQNR of the weights, dB (larger leaf, larger mark)")
         ax.set_xlabel("effective bits per weight")
         ax.legend()
 

@@ -60,8 +60,7 @@ def btc_report(
         names: what the report calls the two trees.
 
     Returns:
-        The report. It prints as a table, and shows itself in a notebook; `html()` and `save(path)` make the page, which
-        needs jinja2: `pip install "btc_jax[report]"`.
+        The report. It prints as a table, and shows itself in a notebook; `html()` and `save(path)` make the page.
 
     Raises:
         ValueError: if the trees differ in paths or shapes, or nothing was quantized.

@@ -17,15 +17,9 @@ _PICTURED = 12
 
 
 def page_of(report: Report) -> str:
-    """The report as one HTML document.
+    """The report as one HTML document."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not whenever the library is imported
 
-    Raises:
-        ImportError: if jinja2 is not installed.
-    """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise ImportError('the page of a report needs jinja2: pip install "btc_jax[report]"') from error
     loader = PackageLoader("btc_jax.report", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
@@ -61,6 +61,8 @@ class Report(Drawn):
         versions: of the library and of JAX, by name.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("histogram",)
+
     before: str
     after: str
     metrics: TreeMetrics
@@ -107,7 +109,7 @@ class Report(Drawn):
         """The metrics, a row for each leaf."""
         return self.metrics.table(f"{self.after} against {self.before}")
 
-    def draw(self, ax: Any) -> None:
+    def draw(self, ax: Any, kind: str) -> None:
         """Draws the histograms of all packed weights before and after."""
         for label, counts in zip(("before", "after"), self.histograms, strict=True):
             ax.stairs(counts, EDGES, label=label)
@@ -116,11 +118,7 @@ class Report(Drawn):
         ax.legend()
 
     def html(self) -> str:
-        """The page: self-contained, for light and dark screens of any width.
-
-        Raises:
-            ImportError: if jinja2 is not installed.
-        """
+        """The page: self-contained, for light and dark screens of any width."""
         from btc_jax.report.page import page_of
 
         return page_of(self)
@@ -129,7 +127,6 @@ class Report(Drawn):
         """Writes the page; an existing file is replaced only once the new one is whole.
 
         Raises:
-            ImportError: if jinja2 is not installed.
             OSError: if the file cannot be written.
         """
         text = self.html()

@@ -2,8 +2,8 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +39,8 @@ class SearchResult(Drawn):
         accuracy: the float tree's accuracy, or `None`.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("error", "accuracy", "kl")
+
     status: SearchStatus
     message: str
     best: Trial | None
@@ -62,22 +64,29 @@ class SearchResult(Drawn):
         table.caption = Text(self.message)
         return table
 
-    def draw(self, ax: Any) -> None:
-        """Draws the error of each trial against its effective bits, and marks the best one."""
+    def draw(self, ax: Any, kind: str) -> None:
+        """Draws the error, accuracy or divergence of each trial against its effective bits, and marks the best one."""
+        name, figure = _PICTURES[kind]
         for label, marker, trials in (
             ("within the limits", "o", [trial for trial in self.trials if trial.ok]),
             ("over a limit", "x", [trial for trial in self.trials if not trial.ok]),
             ("best", "*", [self.best] if self.best else []),
         ):
-            totals = [trial.metrics.total for trial in trials]
-            points = [m.effective_bits for m in totals], [m.rmse for m in totals]
-            if trials:
-                ax.scatter(*points, s=200 if marker == "*" else 50, marker=marker, label=label)
+            points = [(trial.metrics.total.effective_bits, figure(trial)) for trial in trials]
+            points = [point for point in points if point[1] is not None]
+            if points:
+                ax.scatter(*zip(*points, strict=True), s=200 if marker == "*" else 50, marker=marker, label=label)
         ax.set_xlabel("effective bits per weight")
-        ax.set_ylabel("RMSE of the weights")
-        ax.legend()
+        ax.set_ylabel(name)
+        if ax.collections:
+            ax.legend()
 
 
+_PICTURES: dict[str, tuple[str, Callable[[Trial], float | None]]] = {
+    "error": ("RMSE of the weights", lambda trial: trial.metrics.total.rmse),
+    "accuracy": ("accuracy", lambda trial: trial.accuracy),
+    "kl": ("KL divergence of the answers, nats", lambda trial: trial.kl),
+}
 _COLUMNS = (
     "block",
     "budget",
