@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from jax import Array as Array
 from jax.typing import ArrayLike as ArrayLike
 
-if TYPE_CHECKING:
-    from jaxtyping import Bool as Bool
-    from jaxtyping import Float as Float
-    from jaxtyping import Int as Int
-    from jaxtyping import UInt as UInt
-    from jaxtyping import UInt8 as UInt8
+if TYPE_CHECKING:  # to a type checker, with jaxtyping or without, `Float[Array, "blocks size"]` is an `Array`
+    from typing import Annotated as Bool
+    from typing import Annotated as Float
+    from typing import Annotated as Int
+    from typing import Annotated as UInt
+    from typing import Annotated as UInt8
 else:
     try:
         from jaxtyping import Bool, Float, Int, UInt, UInt8

@@ -75,7 +75,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  # as arrays: == compares weights
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if trouble := changes(self):
             raise TypeError(changed_arrays(self.shape, trouble))
 

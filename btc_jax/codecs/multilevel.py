@@ -85,7 +85,7 @@ class Multilevel(Codec):
     effort: Effort = "fast"
     slope: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", integer("block_size", self.block_size))
         if not 16 <= self.block_size <= 256:
             raise ValueError(f"block_size is {self.block_size}; it can be 16 to 256, and is best at 32 or 64")

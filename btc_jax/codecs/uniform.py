@@ -73,7 +73,7 @@ class Uniform(Codec):
     threshold: float | Literal["auto"] = 0.05
     header_dtype: Literal["float16", "float32"] = "float16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("block_size", "low_bits", "high_bits"):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
         if not 2 <= self.block_size <= 2**16:

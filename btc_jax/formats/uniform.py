@@ -44,7 +44,7 @@ class UniformFormat(Format):
     widths: tuple[int, ...] = (4, 8)  # pyright: ignore[reportIncompatibleMethodOverride]
     header_dtype: Literal["float16", "float32"] = "float16"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", integer("block_size", self.block_size))
         object.__setattr__(self, "widths", tuple(integer("widths", width) for width in self.widths))
         if not 2 <= self.block_size <= 2**16:

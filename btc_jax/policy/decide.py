@@ -120,7 +120,7 @@ class Policy:
     min_size: int | None = None
     order: Order | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.rules, Rule):
             raise BTCPolicyError("rules is a single Rule; put it into a tuple: rules=(rule,)")
         object.__setattr__(self, "rules", tuple(self.rules))

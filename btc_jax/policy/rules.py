@@ -76,7 +76,7 @@ class Rule:
     stack: int | tuple[int, ...] | None = None
     pieces: tuple[int, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
             raise BTCPolicyError(f"pattern is {self.pattern!r}; it must be a string, such as '*/kernel'")
         if not (isinstance(self.codec, Codec | None) or self.codec == "default"):

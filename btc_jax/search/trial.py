@@ -82,7 +82,7 @@ class Limits:
     max_kl: float | None = None
     min_agreement: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_rmse", "max_drop", "max_kl"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
