@@ -21,6 +21,7 @@ from benchmarks import exams
 from benchmarks.answers_figure import draw
 from benchmarks.answers_tables import markdown, summaries
 from benchmarks.exams import Exam
+from benchmarks.machine import measured_on
 from benchmarks.peers import Peer, available
 from benchmarks.sides import OURS, Kept, Row, of_peer, ours
 from btc_jax._progress import tracked
@@ -63,6 +64,7 @@ def main(
     for title, rows in summaries(results).items():
         rich.print(comparison_table(rows, title))
     print(markdown(results))
+    print(measured_on("llama-cpp-python", "hqq", "bitsandbytes", "qwix", "torch"))
     draw(results, output / "answers.svg")
     draw(results, output / "answers.png")
 

@@ -42,6 +42,7 @@ from rich.progress import track
 from rich.table import Table
 
 import btc_jax
+from benchmarks.machine import measured_on
 from btc_jax.checkpoint.files import crc32c
 
 # Fresh memory costs more than any codec here, on every side; see benchmarks/speed.py.
@@ -394,6 +395,7 @@ def main(
             rich.print(line)
         if stream_gigabytes:
             rich.print(streamed(here, int(stream_gigabytes * 1e9)))
+        print(measured_on("safetensors", "orbax-checkpoint"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import rich
 import typer
 from rich.table import Table
 
+from benchmarks.machine import measured_on
+
 Tree = dict[str, Any]
 MIB = 2**20
 LARGEST = 32000 * 2048
@@ -259,6 +261,7 @@ def main(
     rich.print(calls_table())
     if large:
         rich.print(large_table())
+    print(measured_on())
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ import typer
 from flax import nnx
 from rich.table import Table
 
+from benchmarks.machine import measured_on
 from benchmarks.networks import DATA, load, resnet
-from btc_jax import Multilevel, Policy, backend, btc_quantize, fused
+from btc_jax import Multilevel, Policy, btc_quantize, fused
 from btc_jax.packing import quantize_leaf
 
 ROUNDS = 11
@@ -230,7 +231,6 @@ def compilation(table: Table) -> None:
 
 def main(data: Annotated[Path, typer.Option(help="Folder with the weights of ResNet-20.")] = DATA) -> None:
     """Print the tables."""
-    rich.print(f"jax {jax.__version__}, {os.cpu_count()} cores, one used; {backend()}")
     table = Table("model", "packing", "rows", "dense, ms", "decoded", "fused", "MB: dense", "decoded", "fused")
     rich.reconfigure(width=120)
     for model in models(data):
@@ -245,6 +245,7 @@ def main(data: Annotated[Path, typer.Option(help="Folder with the weights of Res
         table = Table(*columns)
         step(table)
         rich.print(table)
+    print(measured_on("llama-cpp-python"))
 
 
 if __name__ == "__main__":

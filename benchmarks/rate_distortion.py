@@ -17,6 +17,7 @@ import rich
 import typer
 
 from benchmarks import networks
+from benchmarks.machine import measured_on
 from benchmarks.networks import WeightSet
 from benchmarks.peers import Peer, available
 from benchmarks.rate_distortion_figure import draw
@@ -101,6 +102,7 @@ def main(
     (output / "rate_distortion.json").write_text(json.dumps(results, indent=1))
     draw(results, output / "rate_distortion.svg")
     draw(results, output / "rate_distortion.png")
+    print(measured_on("gguf", "hqq", "bitsandbytes", "qwix", "torchao", "torch"))
 
 
 if __name__ == "__main__":

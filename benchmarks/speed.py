@@ -47,6 +47,7 @@ import rich
 import typer
 from rich.table import Table
 
+from benchmarks.machine import measured_on
 from btc_jax import Multilevel, Uniform, btc_allocate, btc_quantize
 from btc_jax._typing import Order
 from btc_jax.codecs import Codec
@@ -183,6 +184,7 @@ def main(
     calls |= llama_cpp_peers(leaf) | gguf_peers(leaf) | qwix_peers(jnp.asarray(leaf))
     seconds = medians(calls, rounds)
     rich.print(table(seconds))
+    print(measured_on("llama-cpp-python", "gguf", "qwix"))
     if output:
         named = output.with_stem(f"{output.stem}-{os.environ['BTC_BENCHMARK'].split()[0]}")
         named.write_text(json.dumps(seconds, indent=1))

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,9 @@ class SourceLeaf(NamedTuple):
         return self.dtype.name if floating and self.dtype.name not in FLOATS else ""
 
 
+S = TypeVar("S", bound="Source")
+
+
 class Source(abc.ABC):
     """A dense checkpoint, open for reading: see `open_source`. A context manager.
 
@@ -129,7 +132,7 @@ class Source(abc.ABC):
         """Lets go of the file; `read` is an error afterwards."""
         self._by_path = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *_: object) -> None:
