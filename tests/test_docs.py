@@ -176,7 +176,7 @@ def test_the_notebook_runs(monkeypatch):
     cells = [cell for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == "code"]
     assert sum(bool(cell["outputs"]) for cell in cells) > 8
     names: dict = {}
-    with jax.numpy_dtype_promotion("standard"):  # as users have it
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as users have it
         for i, cell in enumerate(cells):
             exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
     matplotlib.pyplot.close("all")

@@ -33,10 +33,11 @@ def codec_for(form: Format) -> Codec:
     if type(form) is not UniformFormat:
         raise TypeError(f"no codec of the library writes {form!r}")
     low, high = form.widths[0], form.widths[-1]
+    dtype: Any = form.header_dtype  # one of the two that `Uniform` takes, or there would be no such format
     if low < high:
-        return Uniform(form.block_size, low, high, "auto", form.header_dtype)
+        return Uniform(form.block_size, low, high, "auto", dtype)
     one = (low, low + 1, math.inf) if low < 8 else (low - 1, low, 0.0)
-    return Uniform(form.block_size, *one, form.header_dtype)
+    return Uniform(form.block_size, *one, dtype)
 
 
 def codec_from_json(config: Mapping[str, Any]) -> Codec:

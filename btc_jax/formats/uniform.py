@@ -6,7 +6,7 @@ Source: "Efficient Quantization of Pretrained Deep Networks via Adaptive Block T
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class UniformFormat(Format):
 
     block_size: int = 64
     widths: tuple[int, ...] = (4, 8)  # pyright: ignore[reportIncompatibleMethodOverride]
-    header_dtype: Literal["float16", "float32"] = "float16"
+    header_dtype: str = "float16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", integer("block_size", self.block_size))
