@@ -77,7 +77,7 @@ def _one_device(args: Any) -> Iterator[None]:
         yield
         return
     arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
-    device = next((d for array in arrays for d in array.devices()), jax.devices()[0])
+    device = next((d for array in arrays for d in array.devices()), jax.local_devices()[0])
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ValueError):  # under grad and vmap the mesh has to stay, and does no harm
             mesh = Mesh(np.array([device]), ("device",), axis_types=(AxisType.Auto,))

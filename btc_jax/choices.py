@@ -10,7 +10,7 @@ from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
-from btc_jax.pieces import Cut, Parts, cut_of
+from btc_jax.pieces import Cut, Parts, cut_of, is_here
 from btc_jax.policy import Decision
 from btc_jax.sizes import leaf_nbytes
 
@@ -63,9 +63,12 @@ def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
     whole = whole._replace(matrix=whole.size // max(how.stack, 1))
     if cut is None:
         return [whole]
-    parts = Parts(leaf, cut)
+    parts, here = Parts(leaf, cut), is_here(leaf, cut)
     piece = whole._replace(shape=cut.piece(leaf.shape))
-    return [piece._replace(read=functools.partial(parts.read, index)) for index in cut.indices()]
+    return [
+        piece._replace(read=functools.partial(parts.read, index), here=None if here is None else index in here)
+        for index in cut.indices()
+    ]
 
 
 def _of_leaf(parts: Sequence[Recipe], cut: Cut | None) -> Recipe:

@@ -23,8 +23,9 @@ from btc_jax.blocks import blocks_of, join, spare_of, tap_sizes
 from btc_jax.codecs import BlockStatistics, Codec, LeafParams, LeafStatistics, Leaves
 from btc_jax.codecs.statistics import on_host, statistics_of, whole
 from btc_jax.formats import Format
-from btc_jax.pieces import Cut, cut_up, joined, parts_of
+from btc_jax.pieces import Cut, Index, cut_up, joined, parts_of
 from btc_jax.planes import plane_specs
+from btc_jax.processes import is_spread, together
 from btc_jax.sizes import packed_nbytes, padded_nbytes
 from btc_jax.tiles import Blocks, blocks_in, results
 
@@ -141,8 +142,12 @@ def nbytes_of(leaf: Any, recipe: Recipe) -> int:
     form, cut = recipe.form, recipe.cut
     if cut is None:
         return packed_nbytes(form, math.prod(leaf.shape), count_widths(leaf, recipe))
-    counts = [count_widths(part, recipe.of_piece) for part in parts_of(leaf, cut).values()]
-    return cut.total * padded_nbytes(form, math.prod(cut.piece(leaf.shape)), counts)
+
+    def here() -> dict[Index, tuple[int, ...]]:
+        return {index: count_widths(part, recipe.of_piece) for index, part in parts_of(leaf, cut).items()}
+
+    counts = together(here) if is_spread(leaf) else here()
+    return cut.total * padded_nbytes(form, math.prod(cut.piece(leaf.shape)), list(counts.values()))
 
 
 @off_mesh

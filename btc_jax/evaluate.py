@@ -10,6 +10,7 @@ import numpy as np
 from btc_jax._progress import tracked
 from btc_jax._typing import PyTree
 from btc_jax.fusion import fused
+from btc_jax.processes import on_host
 
 Apply = Callable[[PyTree, Any], Any]
 """`apply(params, inputs) -> logits [batch, ..., classes]`, such as `lambda p, x: model.apply({"params": p}, x)`."""
@@ -159,7 +160,7 @@ def _logits(output: Any, batch: int) -> np.ndarray:
     if shape is None or len(shape) < 2 or shape[0] != batch:
         what = type(output).__name__ if shape is None else f"shape {shape}"
         raise ValueError(f"apply returned {what} for {batch} examples; it must return logits [batch, ..., classes]")
-    return np.asarray(output, np.float32)
+    return on_host(output).astype(np.float32, copy=False)
 
 
 def count_examples(inputs: PyTree) -> int:

@@ -23,6 +23,7 @@ from btc_jax.formats import Format
 from btc_jax.packing import placed
 from btc_jax.pieces import Cut, parts_of
 from btc_jax.planes import fitted, plane_specs, row_layout
+from btc_jax.processes import is_spread
 from btc_jax.seal import SEAL
 from btc_jax.tensor import BTCTensor, is_packed, pieces_in
 from btc_jax.tiles import Blocks, blocks_in
@@ -71,6 +72,7 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
         ValueError: shape or dtype differ, or a packed leaf has another format or order, or more rows.
         TypeError: the format is none of the library's.
     """
+    _refuse_spread(leaf if not is_packed(leaf) else leaf.seal, like.seal, path)
     if (np.shape(leaf), np.dtype(leaf.dtype)) != (like.shape, np.dtype(like.dtype)):
         found, wanted = (f"{np.dtype(x.dtype)}{list(np.shape(x))}" for x in (leaf, like))
         raise ValueError(f"{path} is {found}, and the leaf that it is to be packed like is {wanted}")
@@ -84,6 +86,15 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
             f"{like.order!r}; quantize its weights with like="
         )
     return _within(leaf, like, path)
+
+
+def _refuse_spread(*arrays_and_path: Any) -> None:
+    *arrays, path = arrays_and_path
+    if any(map(is_spread, arrays)):
+        raise ValueError(
+            f"{path} lies in several processes, where leaves have no room and are not packed like others; leave out "
+            "room and like, and share how bits are allocated instead: policy=btc_allocate(params, bits=4.5)"
+        )
 
 
 def _pieces_like(leaf: Any, like: BTCTensor, stacks: tuple[int, ...], path: str) -> BTCTensor:
@@ -175,6 +186,7 @@ def check_room(room: float) -> None:
 
 def with_room(leaf: BTCTensor, part: float) -> BTCTensor:
     """The leaf with room for more blocks in its planes, at most this part of its bytes, spread over them evenly."""
+    _refuse_spread(leaf.seal, "a leaf")
     if leaf.stacks is None:
         return _with_room(leaf, wanted_rows(leaf.format, np.asarray(leaf.widths)), part)
     found = {index: _with_room(piece, _room(piece), part) for index, piece in pieces_in(leaf).items()}

@@ -26,7 +26,7 @@ from btc_jax.checkpoint.place import Device, Placing
 from btc_jax.checkpoint.rebuild import rebuild
 from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import FORMAT, open_metadata
-from btc_jax.checkpoint.ties import check_ties, home, records_of, shared, stored_leaves
+from btc_jax.checkpoint.ties import check_ties, home, shared, stored_one_by_one
 from btc_jax.tree import flatten
 
 try:
@@ -151,7 +151,7 @@ def _stored(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     paths, leaves, _ = flatten(tree)
     node = describe(tree, paths)
     rebuild(node, paths, paths)
-    stored = stored_leaves(records_of(paths, leaves), leaves)
+    stored = list(stored_one_by_one(paths, leaves))
     text = Manifest(node, tuple(record for record, _ in stored)).text()
     arrays = {record.path: _one_array(record, parts) for record, parts in stored if record.nbytes}
     return arrays, {FORMAT: text, f"{FORMAT}_crc32c": crc32c(text.encode())}

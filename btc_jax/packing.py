@@ -16,8 +16,9 @@ from btc_jax._typing import Order
 from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
-from btc_jax.coding import Error, Recipe, pack
+from btc_jax.coding import Error, Packed, Recipe, pack
 from btc_jax.pieces import Cut, Index, padded, parts_of, stacked
+from btc_jax.processes import is_spread, together
 from btc_jax.seal import SEAL
 from btc_jax.tensor import BTCTensor, is_packed
 
@@ -71,11 +72,18 @@ def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error 
 
 def packed_pieces(leaf: Any, recipe: Recipe, cut: Cut, path: str) -> tuple[BTCTensor, Error | None]:
     """A leaf that is cut into pieces, each packed where it lies."""
-    found = {index: pack(part, recipe.of_piece, path) for index, part in parts_of(leaf, cut).items()}
-    errors = [packed.error for packed in found.values()]
+    found: dict[Index, Packed] = {}
+
+    def packed_here() -> dict[Index, tuple[list[int], Error | None]]:
+        found.update((index, pack(part, recipe.of_piece, path)) for index, part in parts_of(leaf, cut).items())
+        return {index: ([len(plane) for plane in one.planes], one.error) for index, one in found.items()}
+
+    told = together(packed_here) if is_spread(leaf) else packed_here()
+    errors = [error for _, error in told.values()]
     error = sum((one for one in errors if one is not None), Error()) if None not in errors else None
     blocks = -(-math.prod(cut.piece(np.shape(leaf))) // recipe.form.block_size)
-    pieces = padded({index: packed[:2] for index, packed in found.items()}, recipe.form, blocks)
+    rows = [count for count, _ in told.values()]
+    pieces = padded({index: packed[:2] for index, packed in found.items()}, recipe.form, blocks, rows)
     planes, header, seal = placed(pieces, cut, leaf)
     piece, dtype = cut.piece(np.shape(leaf)), np.dtype(leaf.dtype)
     return BTCTensor(planes, header, piece, dtype, recipe.form, recipe.order, seal, cut.stacks), error

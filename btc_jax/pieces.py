@@ -6,7 +6,7 @@ are sharded by the same `PartitionSpec`, and `lax.scan` slices them as it slices
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from btc_jax._typing import PyTree
 from btc_jax.formats import Format
 from btc_jax.planes import fitted, plane_specs, row_layout
+from btc_jax.processes import is_spread
 from btc_jax.seal import SEAL
 
 Index = tuple[int, ...]
@@ -130,6 +131,18 @@ def _bounds(part: slice, size: int, count: int) -> tuple[int, int]:
     return start * count // size, stop * count // size
 
 
+def is_here(leaf: Any, cut: Cut) -> set[Index] | None:
+    """The places of the pieces that this process has; `None` for a leaf that no process shares with others."""
+    if not is_spread(leaf):
+        return None
+    shape = tuple(leaf.shape)
+    found: set[Index] = set()
+    for where in leaf.sharding.addressable_devices_indices_map(shape).values():
+        inside = (range(*_bounds(part, size, n)) for part, size, n in zip(where, shape, cut.pieces, strict=True))
+        found |= set(itertools.product(*inside))
+    return found
+
+
 class Parts:
     """The pieces of a leaf, which is read once for those that are asked for in turn, and let go with the last."""
 
@@ -177,23 +190,31 @@ def at(arrays: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda array: array[index], arrays)
 
 
-def padded(pieces: Mapping[Index, tuple[Any, dict[str, Any]]], form: Format, blocks: int) -> dict[Index, Any]:
+def padded(
+    pieces: Mapping[Index, tuple[Any, dict[str, Any]]],
+    form: Format,
+    blocks: int,
+    rows: Iterable[Sequence[int]] | None = None,
+) -> dict[Index, Any]:
     """Planes, header and seal of each piece, its planes with as many rows as those of the piece that has most.
 
     What is left over is zeros; planes without rows in any piece are left out.
 
     Args:
         blocks: blocks of a piece.
+        rows: how many rows the planes of each piece of the leaf have, wherever it is; `None` if all are here.
     """
     specs, layouts = plane_specs(form.widths), [row_layout(form.block_size, s.bits) for s in plane_specs(form.widths)]
-    counts = [[len(plane) for plane in planes] + [0] * (len(specs) - len(planes)) for planes, _ in pieces.values()]
+    rows = [[len(plane) for plane in planes] for planes, _ in pieces.values()] if rows is None else rows
+    counts = [[*of_planes, *[0] * (len(specs) - len(of_planes))] for of_planes in rows]
     most = [rows for rows in np.max(counts, axis=0, initial=0).tolist() if rows]
     found = {}
     for index, (planes, header) in pieces.items():
         widths = form.unpack_header(header, blocks)[0]
         empty = [np.zeros((0, layout.runs * layout.words), layout.dtype) for layout in layouts[len(planes) :]]
-        rows = zip([*planes, *empty], specs, most, strict=False)
-        found[index] = (tuple(fitted(plane, widths >= spec.end, count) for plane, spec, count in rows), header, SEAL)
+        all_planes = zip([*planes, *empty], specs, most, strict=False)
+        fits = tuple(fitted(plane, widths >= spec.end, count) for plane, spec, count in all_planes)
+        found[index] = (fits, header, SEAL)
     return found
 
 

@@ -19,6 +19,7 @@ from btc_jax.decoding import on_cpu, unpack, unpack_pieces, widths_of_pieces
 from btc_jax.formats import Format
 from btc_jax.intact import changes
 from btc_jax.pieces import at
+from btc_jax.processes import is_spread, on_host
 from btc_jax.seal import SEAL, changed_arrays
 from btc_jax.tables import as_html, comparison_table, shape_cell
 
@@ -140,10 +141,11 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     @property
     def widths(self) -> Array:
         """Bits per weight of each block, `u8[blocks]`."""
-        on_host = all(map(on_cpu, self.header.values()))  # then nothing is compiled for their number
-        header = jax.tree.map(np.asarray if on_host else jnp.asarray, self.header)
+        arrays = self.header.values()
+        read = all(map(on_cpu, arrays)) or any(map(is_spread, arrays))  # then nothing is compiled for their number
+        header = jax.tree.map(on_host if read else jnp.asarray, self.header)
         widths = widths_of_pieces(self.format, header, self.num_blocks, self.pieces)
-        return jax.device_put(widths) if on_host else widths
+        return jax.device_put(widths) if read else widths
 
     def dequantize(self, dtype: Any = None) -> Array:
         """The weights as an array of `shape`, in `dtype` or the leaf's own.
@@ -178,7 +180,8 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         )
 
     def _repr_html_(self) -> str:
-        if self.stack or not all(isinstance(array, np.ndarray | jax.Array) for array in jax.tree.leaves(self)):
+        arrays = jax.tree.leaves(self)
+        if self.stack or not all(isinstance(x, np.ndarray | jax.Array) and not is_spread(x) for x in arrays):
             return f"<pre>{html.escape(repr(self))}</pre>"
         widths, counts = np.unique(np.asarray(self.widths), return_counts=True)
         row = {

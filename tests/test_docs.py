@@ -119,7 +119,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     api = (tmp_path / "api" / "index.html").read_text()
-    assert {f'id="btc_jax.{name}"' in api for name in ("btc_quantize", "BTCTensor", "fused", "checkpoint.Checkpoint")} == {True}
+    assert {
+        f'id="btc_jax.{name}"' in api for name in ("btc_quantize", "BTCTensor", "fused", "checkpoint.Checkpoint")
+    } == {True}
 
 
 def commands(page):

@@ -28,6 +28,7 @@ ROOMS = [
         "formats",
         "planes",
         "sizes",
+        "processes",
         "pieces",
         "codecs",
         "blocks",

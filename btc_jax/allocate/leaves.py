@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from btc_jax.allocate.costs import Costs, Matrix
-from btc_jax.allocate.survey import LEVELS, Item, Survey, surveys
+from btc_jax.allocate.survey import LEVELS, Item, Survey, surveys_of_all
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.formats import Format
@@ -42,8 +42,7 @@ class LeafSet:
 
     def __init__(self, items: Sequence[Item], taps: bool = True):
         self.items = items
-        total = sum(item.blocks for item in items)
-        self._surveys = _in_better_order(items, [surveys(item, total, taps) for item in items])
+        self._surveys = _in_better_order(items, surveys_of_all(items, taps))
         self.size = np.array([item.size for item in items])
         self.asked = np.log2([item.weight for item in items])
         self.scale = np.array([survey.scale for survey in self._surveys])

@@ -15,6 +15,7 @@ from btc_jax.allocate.sample import Sample, energies, samples_of
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves
 from btc_jax.codecs.statistics import whole
+from btc_jax.processes import together
 from btc_jax.tiles import blocks_in
 
 LEVELS = (2**14, 2**16)
@@ -37,6 +38,7 @@ class Item(NamedTuple):
         allow_transform: whether the order may be the one that transforms the taps, if that pays.
         weight: how much its squared error counts beside that of others.
         matrix: weights of the matrix that it is, or is a part of; 0 for its own.
+        here: of a piece of a leaf that lies in several processes, whether this one has it; `None` for any other.
     """
 
     path: str
@@ -47,6 +49,7 @@ class Item(NamedTuple):
     allow_transform: bool = False
     weight: float = 1.0
     matrix: int = 0
+    here: bool | None = None
 
     @property
     def size(self) -> int:
@@ -91,6 +94,17 @@ def surveys(item: Item, total: int, taps: bool = True) -> list[Survey]:
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # read once, for both orders
     orders: list[Order] = [item.order] if transformed is None else [item.order, transformed]
     return [_survey(item, leaf, order, total) for order in orders]
+
+
+def surveys_of_all(items: Sequence[Item], taps: bool) -> list[list[Survey]]:
+    """The surveys of all items, each made by a process that has it."""
+    total = sum(item.blocks for item in items)
+
+    def here() -> dict[int, list[Survey]]:
+        return {i: surveys(item, total, taps) for i, item in enumerate(items) if item.here is not False}
+
+    found = here() if all(item.here is None for item in items) else together(here)
+    return [found[i] for i in range(len(items))]
 
 
 def _survey(item: Item, leaf: Any, order: Order, total: int) -> Survey:

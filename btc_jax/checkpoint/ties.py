@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from btc_jax.checkpoint.errors import BTCFormatError
-from btc_jax.checkpoint.leaves import record_of, signed_leaf
+from btc_jax.checkpoint.leaves import record_of, signed_leaf, to_arrays
 from btc_jax.checkpoint.manifest import LeafRecord
+from btc_jax.processes import is_spread, on_host
 from btc_jax.tensor import is_packed
 
 StoredLeaf = tuple[LeafRecord, Sequence[np.ndarray]]
@@ -29,6 +30,16 @@ def records_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[LeafRecord]:
 def stored_leaves(records: Sequence[LeafRecord], leaves: Sequence[Any]) -> list[StoredLeaf]:
     """These records with their checksums, and the arrays of their leaves."""
     return [signed_leaf(*pair) for pair in zip(records, leaves, strict=True)]
+
+
+def stored_one_by_one(paths: Sequence[str], leaves: Sequence[Any]) -> Iterator[StoredLeaf]:
+    """The same for leaves that may be spread over processes: each is gathered to every host, one at a time."""
+    for path, leaf, first in _with_ties(paths, leaves):
+        if first is not None:
+            yield _tied(path, leaf, first), ()
+            continue
+        here = jax.tree.map(lambda array: on_host(array) if is_spread(array) else array, leaf)
+        yield to_arrays(path, here)
 
 
 def check_ties(records: Mapping[str, LeafRecord], what: Any) -> None:

@@ -1,12 +1,15 @@
 """Saving: a tree into one file, or into several with an index, whole or not at all."""
 
 import errno
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 from btc_jax._typing import PyTree
@@ -20,7 +23,8 @@ from btc_jax.checkpoint.manifest import LeafRecord, Manifest
 from btc_jax.checkpoint.rebuild import rebuild
 from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import MAX_TEXT
-from btc_jax.checkpoint.ties import StoredLeaf, records_of, stored_leaves
+from btc_jax.checkpoint.ties import StoredLeaf, records_of, stored_leaves, stored_one_by_one
+from btc_jax.processes import together
 from btc_jax.tree import flatten
 
 _CHECKSUM = "0" * 8
@@ -31,6 +35,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
 
     Either all of it is at `path` afterwards, flushed to disk, or what was there before is untouched. Same content, same
     bytes. The format is in docs/format.md.
+
+    Where several processes run the program, all of them call it, for a folder that all can reach. With
+    `max_shard_bytes` each writes some of the files, and the first one the index; without, the first one writes.
 
     An object that stands at several places of the tree is stored once, and is one object again when it is loaded.
 
@@ -62,10 +69,11 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         >>> restored["kernel"]
         BTCTensor(shape=(64, 64), ...)
     """
-    target = real_path(path)
     paths, leaves, _ = flatten(tree)
+    target, node = real_path(path), describe(tree, paths)
+    if jax.process_count() > 1:
+        return _save_together(target, node, paths, leaves, max_shard_bytes)
     check_target(target, max_shard_bytes)
-    node = describe(tree, paths)
     records = records_of(paths, leaves)
     check_readable(target, node, records, max_shard_bytes)
     return write_leaves(target, node, stored_leaves(records, leaves), max_shard_bytes)
@@ -77,14 +85,43 @@ def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_
     What `check_target` and `check_readable` refuse must not come here.
     """
     with only_writer(path):
-        if max_shard_bytes is not None:
-            return _write_shards(path, tree, leaves, max_shard_bytes)
-        with whole_file(path) as file:
-            size = write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
-        index_of(path).unlink(missing_ok=True)  # from here on the file is the checkpoint
-        flush_folder(path.parent)
-        _remove_shards(path, keep=())
-        return size
+        if max_shard_bytes is None:
+            return _write_one(path, tree, leaves)
+        return _write_shards(path, tree, leaves, max_shard_bytes)
+
+
+def _write_one(path: Path, tree: Any, leaves: Sequence[StoredLeaf]) -> int:
+    with whole_file(path) as file:
+        size = write_file(file, Manifest(tree, tuple(record for record, _ in leaves)), leaves)
+    index_of(path).unlink(missing_ok=True)  # from here on the file is the checkpoint
+    flush_folder(path.parent)
+    _remove_shards(path, keep=())
+    return size
+
+
+def _save_together(
+    path: Path, tree: Any, paths: Sequence[str], leaves: Sequence[Any], max_shard_bytes: int | None
+) -> int:
+    """Saves from several processes, each of which sees all leaves, one at a time, and keeps those that it writes."""
+    mine, first = jax.process_index(), jax.process_index() == 0
+    files = Files(max_shard_bytes)
+    stored: list[StoredLeaf] = []
+    for record, arrays in stored_one_by_one(paths, leaves):
+        writes = files.number_of(record.nbytes) % jax.process_count() == mine
+        stored.append((record, arrays if writes else ()))
+    check_readable(path, tree, [record for record, _ in stored], max_shard_bytes)
+    with ExitStack() as stack:
+
+        def begin() -> dict[str, None]:
+            if first:
+                check_target(path, max_shard_bytes)
+                stack.enter_context(only_writer(path))
+            return {}
+
+        together(begin)
+        if max_shard_bytes is None:
+            return together(lambda: {"bytes": _write_one(path, tree, stored)} if first else {})["bytes"]
+        return _write_shards(path, tree, stored, max_shard_bytes)
 
 
 def real_path(path: str | os.PathLike[str]) -> Path:
@@ -174,27 +211,44 @@ def _check_file(manifest: Manifest, limits: Limits) -> str:
 
 
 def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> int:
-    """New files under names of their own, then the index, which makes them the checkpoint, then away with the old."""
+    """New files under names of their own, then the index, which makes them the checkpoint, then away with the old.
+
+    Of several processes each writes some of the files, and the first one the index.
+    """
     manifests = _manifests([record for record, _ in leaves], max_shard_bytes)
     texts = [manifest.text() for manifest in manifests]
     names = _names(path, crc32c(*(text.encode() for text in texts)), len(manifests))
     text = index_text(tree, list(zip(names, manifests, texts, strict=True))).encode()
-    index, size, rest = index_of(path), len(text), iter(leaves)
-    fresh = [path.with_name(name) for name in names if not path.with_name(name).exists()]
+    index, rest = index_of(path), iter(leaves)
+    named = zip(names, manifests, strict=True)
+    groups = [(name, manifest, [next(rest) for _ in manifest.leaves]) for name, manifest in named]
+    mine = groups[jax.process_index() :: jax.process_count()]
+    fresh = [path.with_name(name) for name, _, _ in mine if not path.with_name(name).exists()]
+
+    def write_mine() -> dict[str, int]:
+        sizes = {}
+        for name, manifest, group in mine:
+            with whole_file(path.with_name(name)) as shard:
+                sizes[name] = write_file(shard, manifest, group)
+        return sizes
+
+    def write_index() -> dict[str, int]:
+        if jax.process_index() == 0:
+            with whole_file(index) as file:
+                file.write(text)
+            path.unlink(missing_ok=True)  # the index comes first, so it is the checkpoint already
+            _remove_shards(path, keep=names)
+        return {}
+
     try:
-        with whole_file(index) as file:
-            for name, manifest in zip(names, manifests, strict=True):
-                with whole_file(path.with_name(name)) as shard:
-                    size += write_file(shard, manifest, [next(rest) for _ in manifest.leaves])
-            file.write(text)
+        sizes = together(write_mine)
+        together(write_index)
     except BaseException:
         if not (index.is_file() and index.read_bytes() == text):  # else the new files are the checkpoint already
             for shard in fresh:
                 shard.unlink(missing_ok=True)
         raise
-    path.unlink(missing_ok=True)  # the index comes first, so it is the checkpoint already
-    _remove_shards(path, keep=names)
-    return size
+    return len(text) + sum(sizes.values())
 
 
 def _names(path: Path, identity: str, count: int) -> list[str]:
@@ -207,15 +261,23 @@ def _manifests(records: Sequence[LeafRecord], max_shard_bytes: int) -> list[Mani
 
 
 def _grouped(records: Sequence[LeafRecord], max_shard_bytes: int) -> Iterator[list[LeafRecord]]:
-    group: list[LeafRecord] = []
-    size = 0
-    for record in records:
-        if group and size + record.nbytes > max_shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(record)
-        size += record.nbytes
-    yield group
+    files = Files(max_shard_bytes)
+    groups = itertools.groupby(records, key=lambda record: files.number_of(record.nbytes))
+    yield from ([*group] for _, group in groups) if records else [[]]
+
+
+class Files:
+    """Shares out leaves, one after another, among files of at most so many bytes; `None` for one file of all."""
+
+    def __init__(self, max_bytes: int | None):
+        self._max, self._number, self._size, self._leaves = max_bytes, 0, 0, 0
+
+    def number_of(self, nbytes: int) -> int:
+        """The number of the file that the next leaf goes to. A leaf is never split."""
+        if self._max is not None and self._leaves and self._size + nbytes > self._max:
+            self._number, self._size, self._leaves = self._number + 1, 0, 0
+        self._size, self._leaves = self._size + nbytes, self._leaves + 1
+        return self._number
 
 
 def _remove_shards(path: Path, keep: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from btc_jax._mesh import refuse_staging
@@ -16,6 +17,7 @@ from btc_jax.codecs import Codec
 from btc_jax.coding import Error
 from btc_jax.metrics.records import LeafMetrics, Measures, Storage, TreeMetrics
 from btc_jax.policy import BTCPolicyError, Decision, Policy
+from btc_jax.processes import is_spread, together
 from btc_jax.sizes import leaf_nbytes
 from btc_jax.tensor import BTCTensor, is_packed
 from btc_jax.tree import decide, flatten, one_policy
@@ -133,9 +135,17 @@ def storage_of(tensor: BTCTensor) -> Storage:
 
 def error_of(original: Any, decoded: Any) -> Error:
     """Error of `decoded` against `original`, summed in float64 whatever the scale of the weights."""
+    if is_spread(original):
+        return sum(together(lambda: _errors_of_shards(original, decoded)).values(), Error())
     pair = (np.asarray(array).reshape(-1) for array in (original, decoded))
     parts = zip(*(_cachefuls(array) for array in pair), strict=True)
     return sum(itertools.starmap(_error_of, parts), Error())
+
+
+def _errors_of_shards(original: jax.Array, decoded: jax.Array) -> dict[str, Error]:
+    """The error of each part of an array that this process has, by its place; copies of a part count once."""
+    others = {str(shard.index): shard.data for shard in decoded.addressable_shards}
+    return {str(s.index): error_of(s.data, others[str(s.index)]) for s in original.addressable_shards}
 
 
 def _cachefuls(array: np.ndarray) -> Iterator[np.ndarray]:
