@@ -14,7 +14,7 @@ from btc_jax.policy.kinds import is_embedding, order_of
 _EXAMPLES, _LENGTH = 64, 32
 """Examples that are drawn where none are given, and tokens of each."""
 _IMAGES = (32, 28, 64, 96, 224, 384)
-"""Heights and widths of images that are tried."""
+"""Heights and widths of images to try."""
 REMEDY = (
     "give its shape, with as many examples as are to be drawn: inputs=jax.ShapeDtypeStruct((64, 32, 32, 3), 'float32')"
 )
@@ -31,7 +31,7 @@ def drawn(described: Described, key: jax.Array) -> PyTree:
     """The inputs with random numbers in place of shapes: normal ones, or tokens of the vocabulary, all as likely.
 
     Raises:
-        ValueError: integers are asked for without a vocabulary, or something else than numbers.
+        ValueError: if integers are requested without a vocabulary, or anything but numbers.
     """
     leaves, treedef = jax.tree.flatten(described.inputs)
     keys = jax.random.split(key, max(len(leaves), 1))
@@ -60,7 +60,7 @@ def that_fit(apply: Callable[[PyTree], Any], leaves: Mapping[str, Any], vocabula
         vocabulary: number of tokens, if the inputs are tokens.
 
     Raises:
-        ValueError: none of those tried fits, or several do.
+        ValueError: if none of those tried fits, or several do.
     """
     fitting = [found for found in _tried(leaves, vocabulary) if _fits(apply, found.inputs)]
     if len(fitting) == 1:
@@ -94,6 +94,6 @@ def _fits(apply: Callable[[PyTree], Any], inputs: Any) -> bool:
     one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     try:
         jax.eval_shape(apply, one)
-    except Exception:  # whatever a model says of inputs that are not for it
+    except Exception:  # whatever a model raises for inputs that do not fit it
         return False
     return True

@@ -1,4 +1,4 @@
-"""Progress of long work, on the terminal's error stream; nothing where it is no terminal."""
+"""Progress of long work, on stderr if that is a terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def progress(title: str, total: int | None, before: str = "") -> Iterator[Callab
     """A bar with throughput on a terminal; yields what is to be called after each leaf.
 
     Args:
-        total: bytes of all leaves; `None` if nothing is known but that it takes a while, 0 if it does not.
+        total: bytes of all leaves; `None` if unknown, 0 for no bar.
         before: what is done before the first leaf.
     """
     from rich import progress as rich

@@ -50,7 +50,7 @@ def refuse_nothing_to_do(leaves: Sequence[Any], decisions: Sequence[Decision]) -
 
 
 def _promise(leaf: Any, how: Decision) -> tuple[int, int]:
-    """Puts the leaf first that somebody most likely wanted to be packed."""
+    """Ranks the leaf first that was most likely meant to be packed."""
     rank = 0 if how.reason in _UNALTERABLE else 2 if how.reason in _WEIGHTS else 1
     return rank, math.prod(getattr(leaf, "shape", ()))
 
@@ -91,7 +91,7 @@ def refuse_other_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> N
 
 
 def refuse_other_trees(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Figures of trees that have changed places would look like no error at all."""
+    """Refuse swapped trees, whose figures would look like no error at all."""
     packed = {path for path, leaf in after.items() if is_packed(leaf)}
     originally = {path for path, leaf in before.items() if is_packed(leaf)}
     if lost := sorted(originally - packed):

@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def tie(leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[Decision]:
-    """Makes leaves that are one object, and are coded alike, follow the first of them.
+    """Make leaves that are one object, and are coded alike, follow the first of them.
 
-    Where the policy tells them apart, as by a rule that leaves one dense or names another order, they stay separate.
-    The larger of their weights counts.
+    If the policy distinguishes them, as by a rule that leaves one dense or names another order, they stay separate. The
+    larger of their weights counts.
     """
     alike: dict[Any, list[Decision]] = defaultdict(list)
     for leaf, how in zip(leaves, decisions, strict=True):

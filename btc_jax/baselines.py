@@ -1,4 +1,4 @@
-"""The quantizers that BTC is compared with, measured in the same units. They are decoded at once, never packed."""
+"""Other quantizers to compare with, measured in the same units. They are decoded at once, never packed."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ class Baseline:
     Attributes:
         name: what tables call it.
         bits: bits of each code.
-        header_bits: bits stored beside the codes of a group.
+        header_bits: bits stored besides the codes of a group.
         group_size: weights per group; 0 for the whole tensor, -1 for an output channel (last axis in Flax's layout, the
             first one in PyTorch's, `order="stored"`).
         reconstruct: groups -> the groups that their codes stand for.
@@ -56,7 +56,7 @@ def percentile8(percentile: float = 99.9) -> Baseline:
         percentile: weights above this percentile of their channel, and below 100 minus it, are clipped; in (50, 100].
 
     Raises:
-        ValueError: the percentile is out of range.
+        ValueError: if the percentile is out of range.
     """
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it must be above 50 and at most 100")
@@ -67,7 +67,7 @@ def absmax4(group_size: int = 32) -> Baseline:
     """Symmetric 4 bits, -7 to 7, scaled by the largest magnitude of each group; float16 scale.
 
     Raises:
-        ValueError: the group size is below 1.
+        ValueError: if the group size is below 1.
     """
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; it must be 1 or more")
@@ -75,15 +75,15 @@ def absmax4(group_size: int = 32) -> Baseline:
 
 
 def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None = None) -> tuple[PyTree, TreeMetrics]:
-    """Quantizes and decodes the leaves that `policy` packs (its codec is not used).
+    """Fake-quantize the leaves that `policy` packs (its codec is not used).
 
     Raises:
-        BTCPolicyError: a rule fits no leaf, or no leaf is packed.
-        ValueError: weights are NaN, infinite, or too large for the header; the message names the leaf.
-        TypeError: a leaf has no values.
+        BTCPolicyError: if a rule fits no leaf, or no leaf is packed.
+        ValueError: if weights are NaN, infinite, or too large for the header; the message names the leaf.
+        TypeError: if a leaf has no values.
 
     Returns:
-        The tree with dense, quantized weights, and its figures. What is counted is what a packed form would take.
+        The tree with dense, quantized weights, and its figures; bytes are those that a packed form would take.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -103,7 +103,7 @@ def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None 
 
 
 def measure_baseline(path: str, leaf: ArrayLike, baseline: Baseline, order: Order) -> LeafRow:
-    """The figures of one leaf; of an order that transforms taps, the same without the transform.
+    """The figures of one leaf; a layout with transformed taps is replaced by the one without.
 
     Raises:
         ValueError: if weights are NaN, infinite, or too large for the header; the message names the leaf.

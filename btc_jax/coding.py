@@ -91,7 +91,7 @@ def pack(leaf: Any, recipe: Recipe, path: str = "leaf") -> Packed:
     """Packs a leaf of any floating dtype.
 
     Raises:
-        ValueError: weights are NaN, infinite, or too large for the header; the message begins with `path`.
+        ValueError: if weights are NaN, infinite, or too large for the header; the message begins with `path`.
     """
     form, blocks = recipe.form, blocks_in(leaf, recipe.form.block_size, recipe.order)
     leaf_params, whole_leaf = surveyed(blocks, recipe)

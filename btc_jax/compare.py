@@ -59,8 +59,8 @@ def open_any(path: str | os.PathLike[str]) -> AnyCheckpoint:
     """A compressed checkpoint, or a dense one of any kind that `open_source` reads.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        ValueError: it is neither, or damaged.
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: if it is neither, or damaged.
     """
     with suppress(BTCNotCompressedError):
         return AnyCheckpoint(open_checkpoint(path))

@@ -1,4 +1,4 @@
-"""Accuracy of a model, and how far its answers moved from those of the float model. For any apply function."""
+"""Accuracy of a model, and how far its answers are from those of the float model, for any apply function."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,14 +51,14 @@ def btc_logits(
             rest of its batch.
         params: dense or packed tree.
         inputs: array, or pytree of arrays, with examples along the first axis. The last batch may be short.
-        batch_size: examples a call.
+        batch_size: examples per call.
         progress: show a bar on a terminal.
 
     Returns:
         float32 logits `[examples, ..., classes]`.
 
     Raises:
-        ValueError: there are no examples, or `apply` does not return `[batch, ..., classes]`.
+        ValueError: if there are no examples, or `apply` does not return `[batch, ..., classes]`.
     """
     examples = count_examples(inputs)
     batch = min(batch_size, examples)
@@ -85,7 +85,7 @@ def btc_evaluate(
 
     Args:
         apply, params, inputs, batch_size, progress: as for `btc_logits`.
-        labels: the right class of each answer, integers `[examples, ...]`; without, only `reference` is compared with.
+        labels: the correct class of each answer, integers `[examples, ...]`; `None` compares with `reference` only.
         reference: the float model's logits on the same inputs, from `btc_logits`; for agreement and divergence.
         top_k: the `k` of the top-k accuracy.
 
@@ -93,7 +93,8 @@ def btc_evaluate(
         The figures; all are NaN if a logit is NaN or infinite. A class masked with -inf counts for nothing.
 
     Raises:
-        ValueError: labels or reference do not fit the inputs or the classes, there is neither, or `top_k` is below 1.
+        ValueError: if labels or reference do not fit the inputs or the classes, there is neither, or `top_k` is below
+            1.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -133,7 +134,7 @@ def _rated(logits: np.ndarray, labels: np.ndarray, k: int) -> tuple[float, float
     """The first figures of an `Evaluation`."""
     rows = np.arange(len(labels))
     own = logits[rows, labels][:, None]
-    # Of equal logits the first class leads, as argmax has it.
+    # Among equal logits the first class leads, as in argmax.
     ahead = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < labels[:, None]))
     rank = ahead.sum(axis=1)
     likelihood = _log_softmax(logits)[rows, labels]
@@ -177,7 +178,7 @@ def count_examples(inputs: PyTree) -> int:
 
 
 def batch_of(inputs: PyTree, start: int, size: int) -> PyTree:
-    """Examples from `start`; a short batch is filled up with its last example, so that shapes, and code, stay the
+    """Examples from `start`; a short batch is padded with its last example, so that shapes, and compiled code, stay the
     same."""
 
     def take(x: Any) -> Any:

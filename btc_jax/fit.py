@@ -44,7 +44,7 @@ def leaves_like(leaves: Iterable[tuple[str, Any]], models: Mapping[str, Any]) ->
     """Each leaf, given with its path, packed as the model of the same path, or left as it is where that is dense.
 
     Raises:
-        ValueError: a leaf does not fit; or too much of the models would stay empty.
+        ValueError: if a leaf does not fit; or too much of the models would stay empty.
     """
     made: dict[tuple[int, int], BTCTensor] = {}  # one object at two paths stays one
 
@@ -69,8 +69,8 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
         leaf: weights of the shape and dtype of `like`; or a packed leaf of its format, which is only given room.
 
     Raises:
-        ValueError: shape or dtype differ, or a packed leaf has another format or order, or more rows.
-        TypeError: the format is none of the library's.
+        ValueError: if shape or dtype differ, or a packed leaf has another format or order, or more rows.
+        TypeError: if the format is none of the library's.
     """
     _refuse_spread(leaf if not is_packed(leaf) else leaf.seal, like.seal, path)
     if (np.shape(leaf), np.dtype(leaf.dtype)) != (like.shape, np.dtype(like.dtype)):

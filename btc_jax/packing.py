@@ -37,8 +37,8 @@ def quantize_leaf(
             it, the one that comes to 4.5 effective bits. A tree is better shared out as a whole, by `btc_quantize`.
 
     Raises:
-        ValueError: weights are NaN, infinite, or too large for the header; or the order is unknown.
-        TypeError: the array is traced, or not floating.
+        ValueError: if weights are NaN, infinite, or too large for the header; or the order is unknown.
+        TypeError: if the array is traced, or not floating.
     """
     if is_packed(leaf):
         return leaf

@@ -67,7 +67,7 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
     """How a leaf is cut: into its shards, along its stacks, and into the pieces asked for. `None` for a whole one.
 
     Raises:
-        ValueError: a leaf cannot be cut so.
+        ValueError: if a leaf cannot be cut so.
     """
     shape = tuple(leaf.shape)
     if 0 in shape:

@@ -149,9 +149,9 @@ def btc_plan(
             the byte.
 
     Raises:
-        BTCPolicyError: a rule fits no leaf.
-        ValueError: the target cannot be reached, whatever the values.
-        TypeError: `measure` is asked of leaves without values.
+        BTCPolicyError: if a rule fits no leaf.
+        ValueError: if the target cannot be reached, whatever the values.
+        TypeError: if `measure` is asked of leaves without values.
 
     Examples:
         >>> import btc_jax, jax, jax.numpy as jnp
@@ -179,7 +179,7 @@ def plan_of(
     """A plan from leaves, decisions, and, where the leaves were measured, the final choices.
 
     Raises:
-        ValueError: the target cannot be reached, whatever the values.
+        ValueError: if the target cannot be reached, whatever the values.
     """
     paths = [how.path for how in decisions]
     first = first_paths(dict(zip(paths, leaves, strict=True)))

@@ -2,8 +2,8 @@
 
 An error `d` of the weights moves the answers by a Kullback-Leibler divergence of about `d' F d / 2`, where `F` is the
 Fisher information: the mean square of the gradient of the log-likelihood of answers that the model gives itself
-(Kullback 1959; Amari 1998, Neural Computation 10(2), 251). Errors of quantization are as good as independent of one
-another, so only the diagonal counts, and one number a leaf is enough to share out bits over leaves.
+(Kullback 1959; Amari 1998, Neural Computation 10(2), 251). Quantization errors are nearly independent of one another,
+so only the diagonal counts, and one number per leaf is enough to allocate bits over leaves.
 """
 
 import functools
@@ -47,8 +47,8 @@ def btc_sensitivity(
 ) -> PyTree:
     """Measures how much errors of each leaf move the answers of a model, so that bits can go where they matter most.
 
-    `btc_quantize(params, bits=4.5, sensitivity=tree)` uses the result, and so does all else that shares out bits for a
-    target. It needs no data: random inputs of the right shape tell nearly as much as real ones.
+    `btc_quantize(params, bits=4.5, sensitivity=tree)` uses the result, as does everything else that allocates bits for
+    a target. It needs no data: random inputs of the right shape are nearly as informative as real ones.
 
     The sensitivity of a leaf is its mean Fisher information: the square of the gradient of the log-likelihood of an
     answer that is drawn from the model's own distribution, averaged over inputs and over the weights of the leaf. To
@@ -60,15 +60,15 @@ def btc_sensitivity(
             an example must not depend on the rest of its batch.
         params: the float tree: Linen variables, an NNX state, any pytree.
         inputs: an array, or a pytree of them, with examples along the first axis. A `jax.ShapeDtypeStruct` in place of
-            an array is filled with random numbers: normal ones, or tokens of the vocabulary. Without any, 64 random
-            ones of the shape that the leaves tell, if they tell: rows of numbers, or texts of 32 tokens.
+            an array is filled with random numbers: normal ones, or tokens of the vocabulary. By default, 64 random ones
+            of the shape that the leaves imply, if they do: rows of numbers, or texts of 32 tokens.
         head: what `apply` returns. `"classification"` is logits `[batch, classes]`; `"next-token"` logits `[batch,
             length, vocabulary]`, each position an answer; `"regression"` numbers of any shape, whose errors count
             squared, with a variance of 1; and `"loss"` a loss `[batch]` of your own, as of `inputs` that hold labels.
             By default the first or the second, by the number of axes.
         vocabulary: number of tokens, for random inputs of an integer dtype.
-        batch_size: examples a step. More are faster, mostly on accelerators, and take more memory.
-        seed: of the random inputs and answers.
+        batch_size: examples per step. More are faster, mostly on accelerators, and take more memory.
+        seed: seed of the random inputs and answers.
         progress: show a bar on a terminal.
 
     Returns:
@@ -77,9 +77,9 @@ def btc_sensitivity(
         `save` and `load` keep it in a file.
 
     Raises:
-        ValueError: the outputs fit no head; `apply` does not take the inputs; there are no inputs, and none or several
-            shapes fit; there is no vocabulary for random tokens; the gradient of a leaf, named by its path, is NaN or
-            infinite; the tree is packed.
+        ValueError: if the outputs fit no head; if `apply` does not accept the inputs; if there are no inputs, and no
+            shape or several fit; if there is no vocabulary for random tokens; if the gradient of a leaf, named by its
+            path, is NaN or infinite; or if the tree is packed.
 
     Examples:
         >>> import btc_jax, jax, jax.numpy as jnp
@@ -175,7 +175,7 @@ def _head(answer: Callable[..., Any], moving: dict[str, Any], inputs: PyTree, he
     """The head that was named, or the one that the outputs look like.
 
     Raises:
-        ValueError: the inputs do not fit the function, or its outputs fit no head.
+        ValueError: if the inputs do not fit the function, or its outputs fit no head.
     """
     examples = batch_of(inputs, 0, 1)
     try:

@@ -78,11 +78,11 @@ def btc_quantize(
         The packed tree. `btc_plan` and `btc_metrics` say what became of each leaf.
 
     Raises:
-        ValueError: a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
+        ValueError: if a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
             empty; the target cannot be reached, and the message says what can; the sensitivities are of another tree;
             or a leaf does not fit that of `like`.
-        BTCPolicyError: a rule fits no leaf, or no leaf is packed.
-        TypeError: under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
+        BTCPolicyError: if a rule fits no leaf, or no leaf is packed.
+        TypeError: if under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp
@@ -213,7 +213,7 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
     """Paths, leaves and structure of a tree in which packed leaves count as one.
 
     Raises:
-        ValueError: two leaves have the same path.
+        ValueError: if two leaves have the same path.
     """
     with_keys, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     paths = [leaf_path(keys) for keys, _ in with_keys]

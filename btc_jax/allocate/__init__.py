@@ -1,8 +1,7 @@
-"""Bits shared out over the leaves of a tree, so that all of them together meet a target with the least error.
-
-Every block of an adaptive codec takes the width with the least error plus slope times bits, where errors of leaves that
-move the answers more count more. With one slope for all, no bit could save more error anywhere else (the condition of
-Lagrange); so one number is searched for, whatever the target.
+"""Bit allocation over the leaves of a tree, so that together they meet a target with the least error. Every block of a
+rate-controlled codec takes the width with the least `error + slope * bits`, where the error of a leaf is weighted by
+how much it moves the answers. The slope is the Lagrange multiplier of the rate-distortion problem: with one slope for
+all blocks, no bit could save more error elsewhere. So a single number is searched for, whatever the target.
 """
 
 from btc_jax.allocate.sharing import Goal as Goal

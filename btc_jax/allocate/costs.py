@@ -1,4 +1,5 @@
-"""What leaves cost at slopes: bytes, and errors. The blocks of all leaves lie in one matrix, with a slope for each."""
+"""What leaves cost at given slopes, in bytes and error. The blocks of all leaves form one matrix, with a slope for
+each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from btc_jax.tiles import Blocks
 
 
 class Costs(NamedTuple):
-    """Of leaves, arrays over them.
+    """Costs of leaves, as arrays over them.
 
     Attributes:
         nbytes: bytes of everything stored.
@@ -33,10 +34,10 @@ class Costs(NamedTuple):
 
 
 class Matrix:
-    """Some blocks of several leaves that one codec codes into one format.
+    """Sampled blocks of several leaves that one codec encodes into one format.
 
     Args:
-        owners: for each leaf the number of the one that it is a piece of, or its own.
+        owners: for each item, the number of the leaf that it is, or is a piece of.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Matrix:
         )
 
     def _padding(self, widths: np.ndarray) -> np.ndarray | float:
-        """Bytes of the zeros that fill the planes of each piece up to those of the one that has most."""
+        """Bytes of the zeros that pad the planes of each piece to the length of the longest."""
         if self._owners is None:
             return 0.0
         form, padding = self._recipe.form, np.zeros(len(self._owners))
@@ -94,14 +95,14 @@ class Matrix:
         return self._leaves.spread(numbers, len(self._share))
 
     def _variance(self, values: np.ndarray) -> np.ndarray:
-        """Of the estimate of each block for those it stands for: as much as blocks of similar energy differ."""
+        """Variance of each block's estimate for the blocks it represents: that between blocks of similar energy."""
         differences = np.zeros_like(values)
         differences[self._pairs] = np.square(values[self._pairs + 1] - values[self._pairs]) / 2
         return self._share * (self._share - 1) * differences
 
 
 def _neighbours(samples: Sequence[Sample]) -> np.ndarray:
-    """The blocks that stand for others, as the next one does, of the same leaf."""
+    """The blocks that represent others and are followed by another such block of the same leaf."""
     share = np.concatenate([sample.share for sample in samples])
     leaf = np.repeat(np.arange(len(samples)), [len(sample.share) for sample in samples])
     return np.flatnonzero((share[:-1] > 1) & (share[1:] > 1) & (leaf[:-1] == leaf[1:]))

@@ -13,9 +13,9 @@ from btc_jax.formats import Format
 from btc_jax.sizes import nbytes_of_one_width
 
 _GRAIN = 4096
-"""Slopes in an octave, 0.0001 bits apart, so that roundings of the weights, as by scaling them, do not move one."""
+"""Slopes per octave, 0.0001 bits apart: a grid on which rounding of the weights, as by scaling them, moves none."""
 _PAYS = 0.98
-"""What the transformed taps must cost at most, over the plain ones: they take some time to decode."""
+"""Largest cost of transformed taps, relative to plain ones, at which they are used: they take time to decode."""
 _USUAL = 2.0**-8
 """A slope at which leaves have about 4 bits."""
 
@@ -30,14 +30,14 @@ class LeafSet:
 
     Args:
         items: the leaves.
-        taps: the orders of some may be those that transform their taps.
+        taps: whether leaves may use the layout with transformed taps.
 
     Attributes:
         size: weights of each leaf.
-        owners: for each the number of the leaf that it is a piece of, or its own.
+        owners: for each item, the number of the leaf that it is, or is a piece of.
         scale, rms: see `Survey`.
-        asked: powers of two of the weights that rules give to their errors.
-        max_nbytes: bytes of each if every block were as wide as can be.
+        asked: base-2 logarithms of the weights that rules give to their errors.
+        max_nbytes: bytes of each with every block at its widest.
     """
 
     def __init__(self, items: Sequence[Item], taps: bool = True):
@@ -54,13 +54,15 @@ class LeafSet:
         ]
 
     def slopes(self, octaves: np.ndarray) -> np.ndarray:
-        """Slopes over the mean square of each leaf, from powers of two of those over the square of its scale."""
+        """Slopes relative to the mean square of each leaf, from base-2 logarithms of slopes relative to its squared
+        scale."""
         with np.errstate(divide="ignore", invalid="ignore"):
             own = self.of_leaves(np.where(self.scale > 0, 2 * np.log2(self.scale / self.rms), 0))
         return 2.0 ** (np.round((octaves + own) * _GRAIN) / _GRAIN)
 
     def of_leaves(self, octaves: np.ndarray) -> np.ndarray:
-        """The mean over the pieces of each leaf: with one slope, relative to each, their planes are of like length."""
+        """The mean over the pieces of each leaf: with one slope relative to each piece, their planes are about equally
+        long."""
         return _of_owners(octaves * self.size, self.owners) / _of_owners(self.size, self.owners)
 
     def recipes(self, octaves: np.ndarray, level: int) -> list[Recipe]:
@@ -88,7 +90,7 @@ class LeafSet:
 
 
 class _Group:
-    """Leaves that one codec codes."""
+    """Leaves that one codec encodes."""
 
     def __init__(self, codec: Codec, places: list[int], found: Sequence[Survey], owners: np.ndarray):
         self.codec, self.places, self._owners = codec, places, owners
@@ -99,7 +101,7 @@ class _Group:
     def costs(self, slopes: np.ndarray, level: int) -> tuple[list[Format], Costs]:
         """The format of least error plus slope times bits for each leaf, and what that costs."""
         one = len(self.codec.formats) == 1
-        # Of several formats each has its own error, at any slope; and so has a codec that does not adapt.
+        # With several formats, or without rate control, the error does not depend on the slope.
         own = slopes if one and self.codec.rate_controlled else np.full_like(slopes, self.codec.slope or 0)
         costs = [matrix.costs(own) for matrix in self._matrices[level]]
         if one:
@@ -116,7 +118,7 @@ def _owners(items: Sequence[Item]) -> np.ndarray:
 
 
 def _of_owners(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """For each item the sum over all items of the same leaf, in units of none of them."""
+    """For each item, the sum over all items of the same leaf."""
     return np.bincount(owners, values)[owners]
 
 
@@ -129,7 +131,7 @@ def _alike(items: Sequence[Item]) -> dict[Codec, list[int]]:
 
 
 def _in_better_order(items: Sequence[Item], found: Sequence[list[Survey]]) -> list[Survey]:
-    """Of each leaf the survey in the order of less cost where it has about 4 bits."""
+    """For each leaf, the survey in the layout that costs less at about 4 bits."""
     chosen = [plain for plain, *_ in found]
     free = [i for i, both in enumerate(found) if len(both) > 1]
     for codec, places in _alike([items[i] for i in free]).items():

@@ -1,7 +1,6 @@
-"""Some blocks of a leaf that speak for all of them.
-
-The loudest blocks are all among them; of the others every k-th in the order of their energy, which tells their widths
-and errors nearly. So the sum over all blocks is estimated several times better than from as many drawn at random.
+"""A sample of the blocks of a leaf. It contains all of the highest-energy blocks, and every k-th of the others in order
+of energy, which nearly determines width and error. Sums over all blocks are estimated several times better than from a
+random sample of the same size.
 """
 
 from collections.abc import Sequence
@@ -13,17 +12,17 @@ from btc_jax.codecs import BlockStatistics
 from btc_jax.tiles import Blocks
 
 _LOUDEST_SHARE = 8
-"""One in so many of the sampled blocks is one of the loudest."""
+"""One in this many sampled blocks is one of those with the highest energy."""
 
 
 class Sample(NamedTuple):
-    """Blocks of a leaf, by rising energy where they stand for others.
+    """Blocks of a leaf; those that represent others come first, by rising energy.
 
     Attributes:
         rows: their weights, `f32[blocks, block_size]`; a short one is filled up with its last weight.
-        spare: how many places of each are filled up.
-        share: how many blocks of the leaf each stands for, itself included.
-        statistics: theirs.
+        spare: how many places of each are such padding.
+        share: how many blocks of the leaf each represents, including itself.
+        statistics: those of the sampled blocks.
     """
 
     rows: np.ndarray
@@ -33,7 +32,7 @@ class Sample(NamedTuple):
 
 
 def samples_of(blocks: Blocks, statistics: BlockStatistics, counts: Sequence[int]) -> tuple[Sample, ...]:
-    """Samples of at most so many blocks, or of all."""
+    """Samples of at most `counts` blocks, or of all blocks."""
     if blocks.count <= min(counts):
         return (_sample(blocks, statistics, np.arange(blocks.count), np.ones(blocks.count)),) * len(counts)
     rising = _rising(energies(statistics))
@@ -51,13 +50,13 @@ def energies(statistics: BlockStatistics) -> Any:
 
 
 def _rising(energy: np.ndarray) -> np.ndarray:
-    """Places of blocks by energy, to 2 digits: numbers of 16 bits are sorted ten times as fast."""
+    """Indices of blocks by energy, to 2 digits: 16-bit numbers sort ten times as fast."""
     relative = (energy / max(energy.max(), 1e-300)).astype(np.float32)
     return np.argsort((relative.view(np.uint32) >> 16).astype(np.uint16), kind="stable")
 
 
 def _chosen(rising: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of blocks, and how many each stands for."""
+    """Indices of sampled blocks, and how many each represents."""
     if len(rising) <= count:
         return rising, np.ones(len(rising))
     loud = max(count // _LOUDEST_SHARE, 1)

@@ -1,4 +1,4 @@
-"""How bits are shared out over the leaves of a tree: for what target, and how much an error of each leaf counts."""
+"""How bits are allocated over the leaves of a tree: the target, and how much the error of each leaf counts."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,11 +15,11 @@ from btc_jax.allocate.target import Target, target_of
 
 _TARGETS = ("bits", "size", "rmse", "sqnr_db")
 _OF_ANSWERS = ("bits", "size")
-"""Targets that leave open which error is to be the least; the others name the error of the weights."""
+"""Targets that leave open which error is minimized; the others name the error of the weights."""
 
 
 class Goal(TypedDict, total=False):
-    """What bits are shared out for, as keyword arguments: one target at most, and how. `sharing_of` makes the object.
+    """The keyword arguments of bit allocation: at most one target, and how errors count. `sharing_of` makes the object.
 
     Attributes:
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
@@ -30,7 +30,7 @@ class Goal(TypedDict, total=False):
         sensitivity: how much errors of a leaf move the answers of the model: a tree of numbers, from `btc_sensitivity`;
             `"shape"`, estimated from the shapes and scales of the leaves; or `"equal"`, for the least error of the
             weights, whatever the answers. `None` is `"shape"` for `bits` and `size`, and `"equal"` for the others.
-        taps: convolution kernels may be transformed over their taps, where that pays.
+        taps: whether convolution kernels may be transformed over their taps where that lowers the cost.
     """
 
     bits: float | None
@@ -45,8 +45,8 @@ class Sharing(NamedTuple):
     """The same, checked.
 
     Attributes:
-        target: the target, or `None` for the usual one of the codecs.
-        sensitivity: by path, or one of the words.
+        target: the target, or `None` for the codecs' default.
+        sensitivity: numbers by path, or one of the words.
         taps: as in `Goal`.
     """
 
@@ -55,10 +55,10 @@ class Sharing(NamedTuple):
     taps: bool = True
 
     def sensitivities(self, paths: Iterable[str]) -> list[float] | None:
-        """That of each leaf; `None` where they are not known from a model.
+        """The sensitivity of each leaf; `None` if they were not measured.
 
         Raises:
-            ValueError: the sensitivities are of another tree.
+            ValueError: if the sensitivities are of another tree.
         """
         known = self.sensitivity
         if isinstance(known, str):
@@ -76,9 +76,9 @@ def sharing_of(**goal: Unpack[Goal]) -> Sharing:
     """What the keywords say.
 
     Raises:
-        ValueError: several targets are given, or one is not a positive number; sensitivities are no numbers of 0 or
-            more, or are given for a target that names the error of the weights.
-        TypeError: there is no keyword of that name.
+        ValueError: if several targets are given, or one is not a positive number; or if sensitivities are negative or
+            not numbers, or given for a target that names the error of the weights.
+        TypeError: if there is no keyword of that name.
 
     Examples:
         >>> sharing_of(bits=4.5, sensitivity={"a": {"kernel": 2.0}}).sensitivity

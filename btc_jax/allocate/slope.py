@@ -1,4 +1,4 @@
-"""The one slope for all leaves that meets a target."""
+"""The slope, common to all leaves, that meets a target."""
 
 import functools
 import math
@@ -14,27 +14,28 @@ from btc_jax.allocate.weights import octaves_of_weights
 from btc_jax.coding import Recipe
 
 _LOWEST, _HIGHEST = -26.0, 6.0
-"""Powers of two of all slopes: at the lowest every block has all its bits, at the highest none is worth a bit."""
+"""Range of slopes as powers of two: at the lowest every block has all its bits, at the highest none is worth a bit."""
 _SHARES = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 1.0)
-"""Where between those the best and the worst error are looked for."""
+"""Where between those the best and the worst error are searched for."""
 _MAX_SLOPE_RATIO_OCTAVES = 3.0
-"""Octaves by which a leaf's slope may exceed that of an equal share: 9 dB, or 1.5 bits, whatever the scales."""
+"""Octaves by which a leaf's slope may exceed that of equal weighting: 9 dB, or 1.5 bits, whatever the scales."""
 _TOLERANCE = 0.003
-"""Part of a target that may be left unused."""
+"""Fraction of a target that may be left unused."""
 _SURE = 5.0
-"""Standard deviations of the estimate from sampled blocks that are kept free, so that a target is met."""
+"""Safety margin, in standard deviations of the estimate from sampled blocks, so that a target is met."""
 
 
 def allocate(items: Sequence[Item], sharing: Sharing, *, other_nbytes: int = 0) -> list[Recipe]:
-    """A recipe for every item such that all together meet the target from below, with the least error.
+    """A recipe for every item, such that together they meet the target with the least error.
 
     Args:
-        items: all leaves to be packed; those of codecs that are not adaptive cost what they cost.
+        items: all leaves to be packed; those whose codec is not rate-controlled contribute a constant cost.
         sharing: the target, and how much errors of each leaf count.
         other_nbytes: bytes of leaves that stay dense, for the target `size`.
 
     Raises:
-        ValueError: the target cannot be reached, and the message says what can; or sensitivities are of another tree.
+        ValueError: if the target is unattainable (the message gives the attainable range), or the sensitivities are of
+            another tree.
     """
     target = sharing.target or default_target([item.codec for item in items])
     target.refuse_fixed(item.codec for item in items)
@@ -53,7 +54,7 @@ def allocate(items: Sequence[Item], sharing: Sharing, *, other_nbytes: int = 0) 
 
 
 def _slope_offsets(leaves: LeafSet, weights: np.ndarray) -> np.ndarray:
-    """How far the slope of each leaf, over the square of its scale, lies above the common one, in powers of two."""
+    """Octaves by which the slope of each leaf, relative to its squared scale, exceeds the common one."""
     scaled = leaves.scale > 0
     logs = np.log2(np.where(scaled, leaves.scale, 1)) + weights / 2
     middle = (leaves.size * logs)[scaled].sum() / max(leaves.size[scaled].sum(), 1)
@@ -64,7 +65,7 @@ class _Problem:
     """Total bits or error as a function of one slope, and the target for it.
 
     Attributes:
-        offsets: how far the slope of each leaf lies above the common one, in powers of two.
+        offsets: octaves by which the slope of each leaf exceeds the common one.
         limit: the largest slope of any leaf, before the weights of rules.
     """
 
@@ -77,15 +78,15 @@ class _Problem:
         self.lowest, self.highest = _LOWEST - float(farthest.max()), _HIGHEST - float(farthest.min())
 
     def octaves(self, octave: float) -> np.ndarray:
-        """The slope of each leaf over the square of its scale, as a power of two."""
+        """The slope of each leaf, relative to its squared scale, as a power of two."""
         return np.minimum(octave + self.offsets, self.limit) - self.leaves.asked
 
     def value(self, octave: float, level: int) -> float:
-        """What the target is about, at this slope."""
+        """The quantity that the target constrains, at this slope."""
         return self._value(*self._sums(octave, level)[0])
 
     def _sums(self, octave: float, level: int) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Bytes and squared error of all leaves, and how far off both may be."""
+        """Total bytes and squared error of all leaves, and the standard deviations of both."""
         costs = self.leaves.costs(self.octaves(octave), level)
         squares = self.leaves.size * self.leaves.rms**2
         sums = math.fsum(costs.nbytes), math.fsum(costs.error * squares)
@@ -102,7 +103,8 @@ class _Problem:
         return 10 * math.log10(self.signal / squares) if squares else math.inf
 
     def excess(self, octave: float, level: int) -> float:
-        """How far the target is missed, in octaves of error or as a part of the bits; below 0 it is surely met."""
+        """How far the target is missed, in octaves of error or as a fraction of the bits; below 0 it is met with
+        certainty."""
         (nbytes, squares), (more_bytes, more_squares) = self._sums(octave, level)
         sure = _SURE if level == FINE else 0
         value, wanted = self._value(nbytes + sure * more_bytes, squares + sure * more_squares), self.target.value
@@ -111,7 +113,8 @@ class _Problem:
         return (wanted - value) / 6 if self.target.kind == "sqnr_db" else value / wanted - 1
 
     def refuse_unreachable(self) -> None:
-        """A bound that is met with room to spare is no reason, unless it asks for more bits than the codecs have."""
+        """Raise if the target is unattainable. A bound that already holds is fine; asking for more bits than the codecs
+        provide is not."""
         kind, wanted, _ = self.target
         low, high = self.attainable(0)
         too_little = kind != "sqnr_db" and wanted < low * (1 - 1e-9)
@@ -119,7 +122,7 @@ class _Problem:
             self.target.refuse(low, high)
 
     def attainable(self, level: int) -> tuple[float, float]:
-        """The least and the largest that the target can be about. Where loud blocks escape, more bits can be worse."""
+        """Smallest and largest attainable value. With escaped outlier blocks, more bits can be worse."""
         if self.target.kind in ("bits", "size"):
             nbytes = int(self.leaves.max_nbytes.sum())
             most = 8 * nbytes / self.weights if self.target.kind == "bits" else nbytes + self.other_nbytes
@@ -128,14 +131,13 @@ class _Problem:
         return min(values), max(values)
 
     def solve(self, level: int, near: float | None = None) -> float:
-        """The power of two of a slope that meets the target and leaves as little of it unused as can be.
-
-        Bits fall as the slope rises, and errors rise. Regula falsi, made sure by halving.
+        """The slope, as a power of two, that meets the target and leaves little of it unused. Bits fall and errors rise
+        with the slope. Regula falsi, safeguarded by bisection.
         """
         excess = functools.lru_cache(None)(lambda octave: self.excess(octave, level))
         if near is not None:
             guess = near
-            for _ in range(3):  # each look at many blocks is dear
+            for _ in range(3):  # evaluating many blocks is expensive
                 if -_TOLERANCE <= excess(guess) <= 0:
                     return guess
                 guess = self._inside(guess - (excess(guess) + _TOLERANCE / 2) / self._rate())
@@ -147,11 +149,11 @@ class _Problem:
         while excess(missed) <= 0 and self.lowest < missed < self.highest:
             met, missed, step = missed, self._inside(missed + step), 2 * step
         if excess(missed) <= 0:
-            return missed  # more than enough even there
+            return missed  # the target holds even there
         if excess(met) > 0:
-            return met  # out of reach, and nobody asked for it
+            return met  # unattainable, but nobody asked for it
         for i in range(40):
-            room = _TOLERANCE if level else 0.8 * _TOLERANCE  # some blocks speak for all but for a little
+            room = _TOLERANCE if level else 0.8 * _TOLERANCE  # a sample is not exact
             if -room <= excess(met) <= room - _TOLERANCE or abs(met - missed) < 1e-5:
                 break
             share = (excess(met) + _TOLERANCE / 2) / (excess(met) - excess(missed))
@@ -161,7 +163,7 @@ class _Problem:
         return met
 
     def _rate(self) -> float:
-        """What an octave of slope adds to the excess: half a bit less, and half an octave more of error."""
+        """Change of the excess per octave of slope: half a bit less, or half an octave more error."""
         bits = self.target.value * (8 / self.weights if self.target.kind == "size" else 1)
         return 0.5 if self.target.kind in ("rmse", "sqnr_db") else -0.5 / bits
 

@@ -1,4 +1,4 @@
-"""One reading of a leaf: its statistics, and blocks that speak for it while a slope is searched for."""
+"""One pass over a leaf: its statistics, and a sample of its blocks for the search of a slope."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,25 +19,25 @@ from btc_jax.processes import together
 from btc_jax.tiles import blocks_in
 
 LEVELS = (2**14, 2**16)
-"""Sampled blocks of all leaves together: first to find the slope roughly, then to confirm it."""
+"""Sampled blocks of all leaves in total: first to find the slope roughly, then to confirm it."""
 _LEAST = (64, 256)
-"""Blocks of each leaf, at least."""
+"""Minimum number of blocks of each leaf."""
 _OUTLYING = 64
-"""Times the median block that a block counts at most in the scale of its leaf, so that an outlier does not set it."""
+"""Cap on a block's energy in the scale of its leaf, as a multiple of the median, so that an outlier does not set it."""
 
 
 class Item(NamedTuple):
     """A leaf that is to be packed.
 
     Attributes:
-        path: what errors call it.
-        read: gives its values; called once, so that they need not stay in memory.
+        path: its name in error messages.
+        read: returns its values; called once, so that they need not stay in memory.
         shape: its shape.
         codec: how its blocks are coded.
-        order: how its weights run through the blocks.
-        allow_transform: whether the order may be the one that transforms the taps, if that pays.
-        weight: how much its squared error counts beside that of others.
-        matrix: weights of the matrix that it is, or is a part of; 0 for its own.
+        order: its layout.
+        allow_transform: whether the allocator may switch to the layout with transformed taps.
+        weight: factor of its squared error in the total.
+        matrix: number of weights of the matrix that it is part of; 0 for its own.
         here: of a piece of a leaf that lies in several processes, whether this one has it; `None` for any other.
     """
 
@@ -61,13 +61,13 @@ class Item(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """What is known of a leaf whose weights run in an order.
+    """What is known of a leaf in a layout.
 
     Attributes:
         order: the order.
         whole: statistics of all weights.
-        scale: root mean square of the weights, without what single loud blocks have beyond the others.
-        samples: some blocks, for each of `LEVELS`.
+        scale: root mean square of the weights, with the energy of outlier blocks capped.
+        samples: sampled blocks, for each of `LEVELS`.
     """
 
     order: Order
@@ -78,14 +78,14 @@ class Survey(NamedTuple):
 
 @off_mesh
 def surveys(item: Item, total: int, taps: bool = True) -> list[Survey]:
-    """In the order of the item, and in the one that transforms its taps, if that is free.
+    """Surveys in the layout of the item and, if allowed, in the one with transformed taps.
 
     Args:
-        total: blocks of all leaves together.
-        taps: whether any leaf may have that order.
+        total: blocks of all leaves.
+        taps: whether any leaf may have the latter.
 
     Raises:
-        ValueError: a weight is NaN, infinite, or too large to calculate with.
+        ValueError: if a weight is NaN, infinite, or too large to calculate with.
     """
     transformed = (
         with_taps(item.shape, item.order) if taps and item.allow_transform and item.codec.rate_controlled else None

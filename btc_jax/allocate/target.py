@@ -1,4 +1,4 @@
-"""What a tree is to come to, in bits, bytes or error."""
+"""The target of an allocation, in bits, bytes or error."""
 
 import math
 import re
@@ -13,16 +13,16 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 class Target(NamedTuple):
-    """What a tree is to come to: `bits` (effective, over the quantized leaves), `size` (bytes of the whole tree, dense
-    leaves included), `rmse` (in units of the weights) or `sqnr_db`, over the quantized weights."""
+    """A target: `bits` (effective, over the quantized leaves), `size` (bytes of the whole tree, dense leaves included),
+    `rmse` (in units of the weights) or `sqnr_db`, over the quantized weights."""
 
     kind: Literal["bits", "size", "rmse", "sqnr_db"]
     value: float
     named: bool = True
-    """Somebody asked for it. If not, the nearest that can be reached will do."""
+    """Whether the user asked for it. If not, the nearest attainable value will do."""
 
     def refuse_fixed(self, codecs: Iterable[Codec]) -> None:
-        """Raises if the widths of none of these codecs can change for the target."""
+        """Raise if none of these codecs can change its widths for the target."""
         if not any(codec.rate_controlled for codec in codecs):
             raise ValueError(
                 f"{self.kind}={self.value:g} is asked for, but no leaf has a codec that adapts to a target; use "
@@ -30,7 +30,7 @@ class Target(NamedTuple):
             )
 
     def refuse(self, low: float, high: float) -> NoReturn:
-        """Raises, since leaves and codecs only reach from `low` to `high`."""
+        """Raise: leaves and codecs attain only values from `low` to `high`."""
         form = ",.0f" if self.kind == "size" else ".4g"
         reach = f"these leaves and codecs reach from {low:{form}} to {high:{form}}"
         raise ArgumentError(self.kind, f"of {self.value:{form}} cannot be reached: {reach}")
@@ -40,7 +40,7 @@ def target_of(**targets: Any) -> Target | None:
     """The one target that is given, or `None`.
 
     Raises:
-        ValueError: several are given, or one is not a positive number.
+        ValueError: if several are given, or one is not a positive number.
 
     Examples:
         >>> target_of(bits=None, size="25MB")
@@ -58,7 +58,7 @@ def target_of(**targets: Any) -> Target | None:
 
 
 def default_target(codecs: Sequence[Codec]) -> Target:
-    """The target of leaves with these adaptive codecs where none is given."""
+    """The default target of leaves with these rate-controlled codecs."""
     return Target("bits", max(codec.default_bits for codec in codecs), named=False)
 
 
@@ -66,7 +66,7 @@ def nbytes_of(size: Any, name: str = "size") -> float:
     """Bytes in a size such as `"25MB"`, `"1.5 GiB"` or a number, which is the argument `name`.
 
     Raises:
-        ValueError: it is not a size of 1 byte or more.
+        ValueError: if it is not a size of 1 byte or more.
 
     Examples:
         >>> nbytes_of("1.5KiB")

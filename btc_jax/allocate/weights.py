@@ -1,7 +1,6 @@
-"""How much the squared error of each leaf counts, where bits are shared out.
-
-The divergence of the answers is about half the squared errors times the Fisher information of the weights: see
-`btc_jax.sensitivity`. Where that was not measured, the shapes tell much of it: `benchmarks/answers.py` has the figures.
+"""How much the squared error of each leaf counts in the allocation. The divergence of the answers is about half the sum
+of squared errors times the Fisher information of the weights: see `btc_jax.sensitivity`. If that was not measured,
+shapes predict much of it: `benchmarks/answers.py` prints the figures.
 """
 
 from collections.abc import Sequence
@@ -11,16 +10,16 @@ import numpy as np
 from btc_jax.allocate.leaves import LeafSet
 
 _OF_SIZE, _OF_SCALE = -0.75, -0.5
-"""Powers of the weights of a matrix, and of their scale, by which an error counts where nothing was measured."""
+"""Exponents of a matrix's number of weights, and of their scale, in the weight of an error if nothing was measured."""
 _TRUST = 0.5
-"""Power of a measured sensitivity, beside the rest of that by shape: errors of few bits are too large for a second
-order to tell all, and random inputs are not real ones."""
+"""Exponent of a measured sensitivity, the rest going to that by shape: at few bits errors are too large for a
+second-order estimate, and random inputs are not real ones."""
 _RANGE = 40.0
-"""Octaves below the largest sensitivity that are told apart."""
+"""Octaves below the largest sensitivity that are distinguished."""
 
 
 def octaves_of_weights(leaves: LeafSet, sensitivities: Sequence[float] | None, by_shape: bool) -> np.ndarray:
-    """Powers of two, one a leaf; the weights of rules come on top.
+    """Weights as powers of two, one for each leaf; those of rules are added to them.
 
     Args:
         sensitivities: measured ones, or `None`.

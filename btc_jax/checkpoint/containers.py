@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 _BOXES = {kind.__name__: kind for kind in (nn.Partitioned, nn.LogicallyPartitioned)}
 
 _USUAL = {"hijax": False, "ref": False, "eager_sharding": True}
-"""Metadata that every variable has. How arrays are held (`hijax`, `ref`) is of the process and not of the values."""
+"""Metadata that every variable has. How arrays are held (`hijax`, `ref`) belongs to the process, not to the values."""
 
 _OF_THE_PROCESS = ("hijax", "ref")
 
 
 def nnx_class(name: str) -> Any:
-    """A class of NNX for `isinstance`; `()`, of which nothing is an instance, where nobody has imported NNX."""
+    """A class of NNX for `isinstance`; `()`, which nothing is an instance of, if NNX is not imported."""
     return getattr(sys.modules.get("flax.nnx"), name, ())
 
 
@@ -64,7 +64,7 @@ def make_variable(name: Any, value: Any, metadata: Any) -> "flax.nnx.Variable":
     """The variable of a file.
 
     Raises:
-        ValueError: there is no such class, or its metadata cannot be.
+        ValueError: if there is no such class, or its metadata is invalid.
     """
     if name not in _variables() or not isinstance(metadata, dict) or any(key in metadata for key in _OF_THE_PROCESS):
         raise ValueError(f"there is no variable {str(name)[:40]!r} of NNX with {str(metadata)[:60]}")
@@ -86,7 +86,7 @@ def make_box(name: Any, value: Any, names: Any) -> Any:
     """The box of a file.
 
     Raises:
-        ValueError: there is no such box, or it has other names.
+        ValueError: if there is no such box, or it has other names.
     """
     if name not in _BOXES or not isinstance(names, list):
         raise ValueError(f"there is no box {str(name)[:40]!r} of Linen with the names {str(names)[:60]}")
@@ -97,7 +97,7 @@ def to_json(value: Any) -> Any:
     """A plain value as JSON.
 
     Raises:
-        TypeError: it is not plain.
+        TypeError: if it is not plain.
 
     Examples:
         >>> to_json(("a", None, [1.5]))
@@ -120,7 +120,7 @@ def from_json(value: Any) -> Any:
     """Inverse of `to_json`.
 
     Raises:
-        ValueError: the JSON is of another form.
+        ValueError: if the JSON is of another form.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)

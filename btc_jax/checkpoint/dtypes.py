@@ -32,7 +32,7 @@ def dtype_of(name: str) -> np.dtype:
     """The dtype of a name in a file, if arrays of it are stored.
 
     Raises:
-        BTCFormatError: they are not. Only plain names come to numpy, which knows much else.
+        BTCFormatError: if they are not. Only plain names are passed to numpy, which accepts much else.
     """
     dtype = jnp.dtype(name) if _PLAIN.fullmatch(name) and len(name) < 30 else None
     if dtype is None or dtype.name != name or not is_storable(dtype):

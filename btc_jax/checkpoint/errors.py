@@ -29,7 +29,7 @@ class BTCIntegrityError(BTCFormatError):
 
 
 class BTCUnknownFormatError(BTCFormatError):
-    """A leaf is whole as far as its checksum tells, and its format is not registered here.
+    """A leaf matches its checksum, but its format is not registered here.
 
     Attributes:
         format: the id of the format; see `btc_jax.formats.register_format`.
@@ -41,12 +41,12 @@ class BTCUnknownFormatError(BTCFormatError):
 
 
 class BTCTreeWarning(UserWarning):
-    """Something in a tree that is saved comes back as something else, unless `load` is given a template (`like`)."""
+    """Something in a saved tree will be restored as something else, unless `load` is given a template (`like`)."""
 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turns whatever goes wrong while the claims of a file are checked into a fault of the file."""
+    """Turns any error while the claims of a file are checked into an error about the file."""
     try:
         yield
     except BTCFormatError:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and reads that are checked."""
+"""Atomic writes, and checked reads."""
 
 import os
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ except ImportError:  # Windows: two processes must not save to one path at a tim
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` when the block ends, flushed to disk, and not before.
+    """A file to write, which atomically replaces `path`, flushed to disk, when the block ends.
 
-    It is written beside, under one fixed name that is locked: a writer that was killed leaves at most that one, and the
+    It is written next to `path`, under one fixed name that is locked: a killed writer leaves at most that file, and the
     next writer takes it over.
 
     Raises:
-        OSError: it could not be written, or another process is writing it. What was at `path` is untouched.
+        OSError: if it could not be written, or another process is writing it. What was at `path` is untouched.
     """
     temporary = temporary_of(path)
     with os.fdopen(_locked(temporary, path), "wb") as file:
@@ -51,7 +51,7 @@ def only_writer(path: Path) -> Iterator[None]:
     """A lock on all files of a checkpoint at `path`, for as long as the block runs.
 
     Raises:
-        OSError: another process has it, or files cannot be made here.
+        OSError: if another process has it, or files cannot be made here.
     """
     lock = path.with_name(f".{path.name}.lock")
     handle = _locked(lock, path)
@@ -68,10 +68,10 @@ def temporary_of(path: Path) -> Path:
 
 
 def read_at(handle: int, offset: int, nbytes: int, what: str) -> np.ndarray:
-    """Bytes of an open file, all of them.
+    """Exactly so many bytes of an open file.
 
     Raises:
-        BTCFormatError: the file ends before.
+        BTCFormatError: if the file ends before that.
     """
     data = np.empty(nbytes, np.uint8)
     view, done = data.data, 0
@@ -84,7 +84,7 @@ def read_at(handle: int, offset: int, nbytes: int, what: str) -> np.ndarray:
 
 
 def crc32c(*parts: np.ndarray | bytes) -> str:
-    """CRC-32C (Castagnoli) of some bytes after others, as eight hexadecimal digits.
+    """CRC-32C (Castagnoli) of concatenated bytes, as eight hexadecimal digits.
 
     Examples:
         >>> crc32c(b"1234", b"56789")
@@ -98,7 +98,7 @@ def crc32c(*parts: np.ndarray | bytes) -> str:
 
 
 def _locked(name: Path, path: Path) -> int:
-    """A file of this name, made if need be, open, and locked for whoever writes `path`."""
+    """An open file of this name, created if necessary, and locked for the writer of `path`."""
     while True:
         try:
             handle = os.open(name, os.O_CREAT | os.O_RDWR, 0o666)

@@ -1,8 +1,7 @@
 """The header of a safetensors file, which its manifest implies to the last byte.
 
-Nothing in a header is believed, and it is not even parsed: the manifest that it begins with has a checksum, and the
-rest is written again from the manifest and compared. So names, dtypes, shapes and places of all tensors are right, or
-the file is refused.
+A header is not trusted, nor even parsed: the manifest that it begins with has a checksum, and the rest is written again
+from the manifest and compared. So names, dtypes, shapes and places of all tensors are right, or the file is refused.
 """
 
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError
@@ -21,7 +20,7 @@ def header_of(manifest: Manifest, text: str | None = None) -> bytes:
         text: `manifest.text()`, where that is known.
 
     Raises:
-        ValueError: there are too many leaves for one file.
+        ValueError: if there are too many leaves for one file.
     """
     entries = ",".join(_entry(*place) for place in manifest.places())
     metadata = signed(manifest.text() if text is None else text)
@@ -41,7 +40,7 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> tuple[Manifest, s
         The manifest, its text, and where each tensor begins in the data, by name.
 
     Raises:
-        BTCFormatError, BTCIntegrityError: the header does not say what the manifest implies, or is damaged.
+        BTCFormatError, BTCIntegrityError: if the header does not say what the manifest implies, or is damaged.
     """
     if START not in header[:64]:
         raise BTCNotCompressedError(f"{what} has no btc_jax manifest, so it is not a compressed checkpoint")
@@ -61,7 +60,7 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> tuple[Manifest, s
 
 
 def _entry(tensor: Tensor, begin: int, end: int) -> str:
-    """How the header has a tensor."""
+    """The entry of a tensor in the header."""
     shape = ",".join(map(str, tensor.shape))
     return f'{quoted(tensor.name)}:{{"dtype":"{tensor.code}","shape":[{shape}],"data_offsets":[{begin},{end}]}}'
 

@@ -40,7 +40,7 @@ def parse_index(data: bytes, path: Path) -> tuple[Any, list[tuple[str, str, int]
     """The tree of an index, and name, checksum and number of leaves of each of its files.
 
     Raises:
-        BTCFormatError, BTCIntegrityError: it is not an index of ours, or damaged.
+        BTCFormatError, BTCIntegrityError: if it is not an index of ours, or damaged.
     """
     if f'{_PREFIX}"{FORMAT}"'.encode() not in data[:64]:
         raise BTCNotCompressedError(f"{path} has no btc_jax manifest, so it is not of a compressed checkpoint")
@@ -60,7 +60,7 @@ class Limits:
         """Counts one more file.
 
         Raises:
-            BTCFormatError: together they are too many.
+            BTCFormatError: if together they are too many.
         """
         self.headers, self._parsed = self.headers + header_bytes, self._parsed + parsed_nbytes(text)
         self._leaves += leaves
@@ -75,7 +75,7 @@ def check_index(data: bytes, tree: Any, shards: Sequence[tuple[str, Manifest, st
     """Refuses an index that does not say what its files hold.
 
     Raises:
-        BTCIntegrityError: it does not.
+        BTCIntegrityError: if it does not match.
     """
     if index_text(tree, shards).encode() != data:
         raise BTCIntegrityError(f"{path} does not say what its files hold; it is damaged or forged")

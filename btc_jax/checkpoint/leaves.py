@@ -30,11 +30,11 @@ _MAX_TEXT = 2**16
 
 
 def to_arrays(path: str, leaf: Any) -> tuple[LeafRecord, list[np.ndarray]]:
-    """The record of a leaf, and the arrays whose bytes, one after another, are its tensor.
+    """The record of a leaf, and the arrays whose concatenated bytes are its tensor.
 
     Raises:
-        TypeError: the leaf cannot be stored.
-        ValueError: nor can its path, its shape, or what it holds.
+        TypeError: if the leaf cannot be stored.
+        ValueError: if its path, its shape or its content cannot be stored.
     """
     return signed_leaf(record_of(path, leaf), leaf)
 
@@ -84,7 +84,7 @@ def from_arrays(record: LeafRecord, arrays: Sequence[np.ndarray]) -> Any:
     """The leaf of a record and of its tensor; packed leaves are checked against their format.
 
     Raises:
-        BTCFormatError: they do not fit; a `BTCUnknownFormatError` if the format is not registered.
+        BTCFormatError: if they do not fit; a `BTCUnknownFormatError` if the format is not registered.
     """
     with refusing(f"leaf {record.path!r}"):
         return _LEAVES[record.kind](record, *arrays)

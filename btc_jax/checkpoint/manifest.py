@@ -1,7 +1,7 @@
 """The manifest of a file: what is stored for each leaf, and the containers they stand in. No file is touched here.
 
-A manifest is `{"version", "formats", "tree", "leaves"}`. What many leaves have in common, such as their codec, stands
-once in `formats`; a leaf is a short list that begins with its path and the number of its format.
+A manifest is `{"version", "formats", "tree", "leaves"}`. What many leaves have in common, such as their codec, is
+listed once in `formats`; a leaf is a short list that begins with its path and the number of its format.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class LeafRecord:
         return {"kind": self.kind, "dtype": self.dtype} | {name: self.details[name] for name in _FIELDS[self.kind]}
 
     def to_json(self, number: int) -> list[Any]:
-        """The record as it stands in a manifest where its format has this number."""
+        """The record in a manifest in which its format has this number."""
         if self.kind == "python":
             return [self.path, number, self.details["value"]]
         if self.kind == "tied":
@@ -129,10 +129,10 @@ class Manifest:
 
 
 def parse_manifest(fields: dict[str, Any], what: str) -> Manifest:
-    """The manifest of these fields, each of which is checked. It takes them apart, for the memory.
+    """The manifest with these fields, all checked. It empties them as it goes, to save memory.
 
     Raises:
-        BTCFormatError: they do not fit.
+        BTCFormatError: if they do not fit.
     """
     with refusing(f"{what}: the manifest"):
         if list(fields) != ["version", "formats", "tree", "leaves"]:
@@ -146,10 +146,10 @@ def parse_manifest(fields: dict[str, Any], what: str) -> Manifest:
 
 
 def check_path(path: Any) -> None:
-    """Refuses paths that would be dangerous if somebody took them for files.
+    """Refuse paths that would be dangerous if they were mistaken for files.
 
     Raises:
-        BTCFormatError: it is one of those, or not text.
+        BTCFormatError: if it is such a path, or not text.
     """
     fits = isinstance(path, str) and "\0" not in path and not path.startswith("/") and path != "__metadata__"
     if not fits or (".." in path and ".." in path.split("/")) or not (path.isascii() or _encodable(path)):
@@ -162,7 +162,7 @@ def check_shape(shape: Any, path: str) -> tuple[int, ...]:
     """A shape that an array can have.
 
     Raises:
-        BTCFormatError: it is not one.
+        BTCFormatError: if it is not one.
     """
     size = 1 if isinstance(shape, list | tuple) and len(shape) <= MAX_DIMENSIONS else 2**48
     for n in shape if size == 1 else ():
@@ -249,12 +249,12 @@ def _packed(
 
 
 def _cut(cut: Sequence[Any], shape: tuple[int, ...], nbytes: int, path: str) -> list[list[int]]:
-    """Numbers of pieces and axes of stacks, as they can be for a leaf of this shape."""
+    """Validated numbers of pieces and axes of stacks of a leaf of this shape."""
     pieces, stacks = cut
     numbers = all(isinstance(x, list) and all(type(n) is int and n >= 0 for n in x) for x in (pieces, stacks))
     fits = numbers and len(pieces) == len(shape) and len(set(stacks)) == len(stacks)
     fits = fits and all(axis < len(shape) and pieces[axis] == shape[axis] for axis in stacks)
-    # Every piece has a seal, so that many pieces cannot be in few bytes.
+    # Every piece has a seal, so few bytes cannot claim many pieces.
     fits = fits and all(n and size % n == 0 for n, size in zip(pieces, shape, strict=True))
     if not fits or math.prod(pieces) > min(nbytes // SEAL.nbytes, MAX_PIECES):
         raise BTCFormatError(

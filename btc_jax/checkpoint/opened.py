@@ -1,4 +1,4 @@
-"""An open checkpoint: a file, or an index and its files, of which nothing is believed before it was checked."""
+"""An open checkpoint: a file, or an index and its files. Nothing in it is trusted before it is checked."""
 
 import errno
 import gc
@@ -82,7 +82,7 @@ class Checkpoint(Mapping[str, Any]):
         self._handles.close()
 
     def check(self) -> "Checkpoint":
-        """Refuses a tree that does not take each leaf once, and ties to nothing, before any leaf is read."""
+        """Refuse a tree that does not use each leaf once, and invalid ties, before any leaf is read."""
         self.build(list(self.records))
         check_ties(self.records, self.path)
         return self
@@ -98,7 +98,7 @@ class Checkpoint(Mapping[str, Any]):
         return sum(record.nbytes for record in self.records.values())
 
     def read(self, path: str, *, dense: bool = False, device: Device | None = None, checksums: bool = True) -> Any:
-        """One leaf; only its bytes are read.
+        """Read one leaf, and only its bytes.
 
         Args:
             path: one of `records`.
@@ -107,15 +107,15 @@ class Checkpoint(Mapping[str, Any]):
             checksums: compare the bytes with their checksums.
 
         Raises:
-            KeyError: there is no such leaf.
-            BTCFormatError, BTCIntegrityError: the leaf is damaged, or its parts do not fit.
+            KeyError: if there is no such leaf.
+            BTCFormatError, BTCIntegrityError: if the leaf is damaged, or its parts do not fit.
         """
         if path not in self.records:
             raise KeyError(f"{self.path} has no leaf {path!r}; it has {len(self.records)}, see .records")
         return placed(self.read_numpy(path, checksums), dense, device)
 
     def read_numpy(self, path: str, checksums: bool = True) -> Any:
-        """One leaf, its arrays still in numpy; a packed leaf is a `BTCTensor` of numpy arrays."""
+        """One leaf with its arrays in numpy; a packed leaf is a `BTCTensor` of numpy arrays."""
         stored = self._stored(path)
         try:
             return from_arrays(stored, [self.read_tensor(tensor, checksums) for tensor in stored.tensors])
@@ -151,11 +151,11 @@ class Checkpoint(Mapping[str, Any]):
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
-    """Opens a checkpoint, in one file or in several, without reading its leaves.
+    """Open a checkpoint, in one file or in several, without reading its leaves.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        BTCFormatError: it is no compressed checkpoint, or its header is damaged.
+        FileNotFoundError: if there is nothing at `path`.
+        BTCFormatError: if it is not a compressed checkpoint, or its header is damaged.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
@@ -173,7 +173,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Pauses Python's cycle collector, which would take half the time: it would walk what is built, and all is kept."""
+    """Pause Python's cycle collector, which would take half the time to walk objects that are all kept anyway."""
     enabled = gc.isenabled()
     gc.disable()
     try:

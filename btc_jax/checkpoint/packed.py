@@ -31,11 +31,11 @@ def format_json(form: Format) -> dict[str, Any]:
 
 
 def check(leaf: BTCTensor) -> None:
-    """Refuses a packed leaf that could not be read again. Of its arrays only seal and header are read.
+    """Refuse a packed leaf that could not be read again. Of its arrays, only seal and header are read.
 
     Raises:
-        ValueError: it is stacked, its format is not registered, or its order has too many taps.
-        TypeError: it does not hold arrays with values, or they were changed.
+        ValueError: if it is stacked, its format is not registered, or its order has too many taps.
+        TypeError: if it does not hold arrays with values, or they were changed.
     """
     if leaf.stack:
         raise ValueError(
@@ -94,7 +94,7 @@ def from_bytes(
     """The packed leaf that these bytes hold.
 
     Raises:
-        ValueError, TypeError: they do not fit.
+        ValueError, TypeError: if they do not fit.
     """
     if cut is None:
         leaf, rest = _from_bytes(data, form, order, shape, dtype)
@@ -116,7 +116,7 @@ def _from_bytes(
     """A packed leaf, or a piece, that the bytes begin with, and the rest of them."""
     check_format(order, shape, dtype)
     blocks = -(-math.prod(shape) // form.block_size)
-    # No block is stored in less than a bit, so this also keeps a lie from becoming a large number.
+    # A block takes at least one bit, so this also bounds a false count.
     if blocks > 8 * data.nbytes:
         raise ValueError(f"{blocks} blocks cannot be held by {data.nbytes} bytes")
     bytes_ = _Bytes(data)
@@ -131,10 +131,10 @@ def _from_bytes(
 
 
 def check_format(order: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuses what no packed leaf is.
+    """Refuse what no packed leaf can be.
 
     Raises:
-        ValueError: order or dtype cannot be.
+        ValueError: if order or dtype is invalid.
     """
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"it is packed and of the dtype {dtype}, which is not floating")
@@ -167,7 +167,7 @@ def _planes(form: Format, widths: np.ndarray) -> Iterator[tuple[tuple[int, int],
 
 
 class _Bytes:
-    """Bytes that are taken off the front as arrays: views, which need not be aligned."""
+    """Bytes that are consumed from the front as arrays: views, possibly unaligned."""
 
     def __init__(self, data: np.ndarray):
         self._data, self._position = data, 0

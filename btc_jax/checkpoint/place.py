@@ -1,4 +1,4 @@
-"""Leaves that were read, onto devices: each object once."""
+"""Puts leaves that were read on devices, each object once."""
 
 from collections.abc import Callable
 from typing import Any

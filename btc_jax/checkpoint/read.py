@@ -44,10 +44,10 @@ def load(
         checksums: compare all bytes with their checksums.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        BTCFormatError: it is no compressed checkpoint, or its parts do not fit.
-        BTCIntegrityError: it is damaged; the message names the tensor.
-        ValueError: it does not fit `like` (every leaf that is missing, extra, or different is listed), or `select`
+        FileNotFoundError: if there is nothing at `path`.
+        BTCFormatError: if it is no compressed checkpoint, or its parts do not fit.
+        BTCIntegrityError: if it is damaged; the message names the tensor.
+        ValueError: if it does not fit `like` (every leaf that is missing, extra, or different is listed), or `select`
             matches nothing.
     """
     if like is not None and select is not None:

@@ -26,7 +26,7 @@ def rebuild(node: Any, paths: Sequence[str], leaves: Sequence[Any]) -> PyTree:
     """The tree that `describe` described, of leaves of these paths.
 
     Raises:
-        BTCFormatError: the node is malformed, or does not take each leaf once, in order.
+        BTCFormatError: if the node is malformed, or does not take each leaf once, in order.
     """
     rebuilding = _Rebuilding(paths, leaves)
     with refusing("the tree of the manifest"):

@@ -39,7 +39,7 @@ def describe(tree: PyTree, paths: Sequence[str]) -> Any:
         BTCTreeWarning: a container comes back as something else without a template.
 
     Raises:
-        TypeError: a key is neither text nor a whole number, or the tree is too deep.
+        TypeError: if a key is neither text nor a whole number, or the tree is too deep.
 
     Examples:
         >>> describe({"a": (1.0, None), "b": {"c": 2.0}}, ["a/0", "b/c"])

@@ -47,7 +47,7 @@ def parse(text: str, what: str) -> Any:
     """The value of a canonical JSON text of which nothing is believed.
 
     Raises:
-        BTCFormatError: it is not canonical JSON, too deep, or of too many parts.
+        BTCFormatError: if it is not canonical JSON, too deep, or of too many parts.
     """
     if parsed_nbytes(text) > MAX_PARSED:
         raise BTCFormatError(f"{what} has {len(text):,} characters of too many parts; it is damaged or forged")
@@ -70,8 +70,8 @@ def open_signed(header: bytes, prefix: str, what: str) -> tuple[dict[str, Any], 
     """The manifest that a header begins with, after `prefix`: its fields, its text, and where its signature ends.
 
     Raises:
-        BTCFormatError: there is none, or of another version.
-        BTCIntegrityError: its checksum is wrong.
+        BTCFormatError: if there is none, or of another version.
+        BTCIntegrityError: if its checksum is wrong.
     """
     start = f'{prefix}"{FORMAT}":"'
     if not header.startswith(start.encode()):
@@ -90,8 +90,8 @@ def open_metadata(data: bytes, what: str) -> dict[str, Any]:
     """The manifest in a JSON object that holds it and its checksum, and need not be canonical.
 
     Raises:
-        BTCFormatError: there is none, or of another version.
-        BTCIntegrityError: its checksum is wrong.
+        BTCFormatError: if there is none, or of another version.
+        BTCIntegrityError: if its checksum is wrong.
     """
     try:
         found: Any = json.loads(data) if parsed_nbytes(data.decode()) <= MAX_PARSED else None

@@ -19,7 +19,7 @@ def records_of(paths: Sequence[str], leaves: Sequence[Any]) -> list[LeafRecord]:
     """The records of leaves without their checksums, so that what cannot be saved is refused before any work.
 
     Raises:
-        TypeError, ValueError: a leaf cannot be stored; the message names it.
+        TypeError, ValueError: if a leaf cannot be stored; the message names it.
     """
     return [
         record_of(path, leaf) if first is None else _tied(path, leaf, first)
@@ -46,7 +46,7 @@ def check_ties(records: Mapping[str, LeafRecord], what: Any) -> None:
     """Refuses ties to a leaf that is not there, comes later, or is another.
 
     Raises:
-        BTCFormatError: there is such a tie.
+        BTCFormatError: if there is such a tie.
     """
     seen: dict[str, LeafRecord] = {}
     for path, record in records.items():

@@ -19,10 +19,10 @@ CODECS: dict[str, type[Codec]] = {codec.id: codec for codec in (Uniform, Multile
 
 
 def codec_for(form: Format) -> Codec:
-    """A codec that codes blocks into this format of the library, at any slope.
+    """A codec that encodes blocks into this format of the library, at any slope.
 
     Raises:
-        TypeError: it is another format.
+        TypeError: if it is another format.
 
     Examples:
         >>> codec_for(UniformFormat(32, (4, 8)))
@@ -44,7 +44,7 @@ def codec_from_json(config: Mapping[str, Any]) -> Codec:
     """The codec of the library that `codec.to_json()` described, as in the records of plans and searches.
 
     Raises:
-        ValueError: the id is unknown, or a field is missing, unknown, or out of range.
+        ValueError: if the id is unknown, or a field is missing, unknown, or out of range.
 
     Examples:
         >>> codec_from_json({"id": "uniform", "block_size": 32})

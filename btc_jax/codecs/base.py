@@ -1,4 +1,4 @@
-"""The contract of a codec: what a user asks for, and how blocks of weights are coded into a format.
+"""The contract of a codec: what a user requests, and how blocks of weights are encoded into a format.
 
 A codec is a frozen dataclass of plain numbers: hashable, static under `jax.jit`, equal after a JSON round trip, and its
 repr is a constructor call. It knows nothing of trees and files.
@@ -15,12 +15,12 @@ from btc_jax.codecs.statistics import BlockStatistics, LeafStatistics, Leaves
 from btc_jax.formats import Format
 
 LeafParams = dict[str, Any]
-"""What the coding of a block needs to know of its whole leaf: float32 numbers by name, or arrays of them over leaves or
-over blocks."""
+"""What the encoding of a block needs to know about its whole leaf: float32 numbers by name, or arrays of them over
+leaves or blocks."""
 
 
 class Coded(NamedTuple):
-    """What a codec makes of `n` blocks: all arrays run over the blocks along their first axis.
+    """The codes of `n` blocks, which are the first axis of all arrays.
 
     Attributes:
         widths: bits per weight of each block.
@@ -39,7 +39,7 @@ class Codec(abc.ABC):
     Attributes:
         id: the codec's name in records, and on the command line.
         block_size: weights per block.
-        slope: for a codec that goes by a slope, one of its own; `None` leaves it to a target.
+        slope: Lagrange multiplier of the rate-distortion cost, for a codec that has one; `None` leaves it to a target.
     """
 
     id: ClassVar[str]
@@ -49,16 +49,16 @@ class Codec(abc.ABC):
     @property
     @abc.abstractmethod
     def formats(self) -> tuple[Format, ...]:
-        """The formats that it writes. Of several, the allocation chooses one for each leaf."""
+        """The formats that it writes. If there are several, the allocation chooses one for each leaf."""
 
     @property
     def rate_controlled(self) -> bool:
-        """Whether a target decides the widths, and not a rule of the codec's own."""
+        """Whether a target decides the widths, not a rule of the codec's own."""
         return False
 
     @property
     def default_bits(self) -> float:
-        """Effective bits that leaves of an adaptive codec come to where no target is given."""
+        """Effective bits of leaves of a rate-controlled codec if no target is given."""
         return 4.5
 
     @property
@@ -67,20 +67,21 @@ class Codec(abc.ABC):
         return self
 
     def decided(self, form: Format, slope: float, rms: float) -> "Codec":
-        """A codec that packs a leaf of this root mean square, at this slope and into this format, without a target."""
+        """The codec that packs a leaf with this root mean square at this slope and in this format, without a target."""
         return self
 
     def leaf_params(
         self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
     ) -> LeafParams:
-        """What the coding of a leaf's blocks has in common, in numpy on the host or traced: see `namespace`.
+        """What the encoding of a leaf's blocks has in common, in numpy on the host or traced: see `namespace`.
 
         Args:
             form: one of `formats`.
             leaf: statistics of the whole leaf, or of several.
-            blocks: statistics of its blocks, or of some that speak for all.
+            blocks: statistics of its blocks, or of a sample of them.
             leaves: which blocks belong to which leaf.
-            slope: the squared error that saves a bit, over the mean square of the leaf's weights.
+            slope: Lagrange multiplier of the rate-distortion cost: the extra squared error, relative to the leaf's mean
+                square, accepted to save one bit.
         """
         return {}
 
@@ -88,12 +89,12 @@ class Codec(abc.ABC):
     def encode(
         self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], leaf_params: LeafParams
     ) -> Coded:
-        """Codes float32 blocks; pure, and traceable.
+        """Encode float32 blocks; pure and traceable.
 
         Args:
             form: one of `formats`.
-            blocks: the weights; short blocks are filled up with copies of their last weight.
-            spare: how many places of each block are such copies, which must not count.
+            blocks: the weights; short blocks are padded with copies of their last weight.
+            spare: how many places of each block are such padding, which must not count.
             leaf_params: what `leaf_params` returned, a number for each block.
         """
 
@@ -101,7 +102,7 @@ class Codec(abc.ABC):
     def fits(self, header: Mapping[str, Any]) -> Any:
         """Whether headers and leaf parameters hold the weights of all blocks: finite, not too large, not all too small.
 
-        On the host or traced. A weight that is not finite must leave a number that is not finite in one of them.
+        On the host or traced. A non-finite weight must leave a non-finite number in one of them.
         """
 
     def to_json(self) -> dict[str, Any]:

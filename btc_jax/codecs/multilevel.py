@@ -26,17 +26,18 @@ _RATIO = 2.25
 """Smallest step over the root of the slope. For an even error it would be sqrt(6 / log(2)) = 2.9 for the middle of the
 four steps, so 2.3 for the smallest; between 2.0 and 2.5 it made no difference on real networks, beyond it did."""
 _LARGEST = 1e36
-"""Weights beyond this leave no room to calculate in float32."""
+"""Larger weights could overflow in float32."""
 SMALLEST = 1e-36
-"""Unless all are equal, a weight must be as far from the centre, or digits get lost. Subnormal numbers are 0 to XLA."""
+"""Unless all are equal, some weight must be at least this far from the centre, or precision is lost: XLA flushes
+subnormal numbers to 0."""
 _PULL = 0.25
-"""A leaf is centred on its mean where that is at least this part of its root mean square."""
+"""A leaf is centred on its mean if that is at least this fraction of its root mean square."""
 _INVERSE = (1.33066348, -0.71729421, 0.78809418, -0.59000503, 0.18875069)
-"""Of the inverse of the cubic, the coefficients of `y`, `y ** 3`, ...: least largest error."""
+"""Coefficients of `y`, `y ** 3`, ... in a minimax approximation of the inverse of the cubic."""
 _EDGE = 0.999
-"""Weights beyond are taken for this part of the half-range, and so have the outermost level, at any width."""
+"""Weights beyond this fraction of the half-range are clipped to it, and so take the outermost level at any width."""
 _EXHAUSTIVE = (-9, 3)
-"""Ranges that are tried, in quarter octaves from the natural one, which just holds the block: a Python slice."""
+"""Ranges that are tried, as a slice of quarter octaves from the natural one, which just covers the block."""
 _TRIED = {
     5: [(-2, 0), (1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)],
     8: [(-3, -1), (1, 0), (-1, 1), (0, 0), (0, 1), (0, -1)],
@@ -50,28 +51,28 @@ the last, bits may be worth nothing, and wider ranges pay. Beyond `TOP - 2` the 
 _TRIED_AT_A_WIDTH = {
     TOP: [(-3, -1), (-2, -1), (-1, 0), (-1, 1), (-1, -1), (1, 0), (1, 1), (1, -1), (0, 0), (0, 1), (0, -1)]
 }
-"""The same for blocks of one width, of any range. Escapes are tried in all, since they have a level on the centre."""
+"""The same for blocks of one fixed width. Escapes are always tried there, since they have a level on the centre."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Multilevel(Codec):
-    """Each block takes the width, range and offset with the least error plus slope times bits.
+    """Each block takes the width, range and offset that minimize `error + slope * bits`.
 
-    The levels of a block lie closer in the middle, where the weights are, and its header is one byte that tells range,
-    place and width: see `MultilevelFormat`.
+    The levels of a block are denser in the middle, where the weights are, and its one-byte header gives range, offset
+    and width: see `MultilevelFormat`.
 
     Args:
         block_size: weights per block, 32 or 64; 16 to 256 work.
-        width: one width, 0 to 8 bits, for every block of a leaf, so that the codes lie at even distances; `"leaf"` lets
-            the target of `btc_quantize` choose it for each leaf, `None` a width for each block.
-        effort: `"fast"` tries the ranges and offsets near those of a block's extremes, `"exhaustive"` all that could
-            be better; the format is the same.
-        slope: the squared error that saves a bit, over the mean square of the leaf's weights; `None` leaves it to the
-            target of `btc_quantize`, such as `bits=4.5`.
+        width: one width, 0 to 8 bits, for all blocks of a leaf, so that codes lie at a constant stride; `"leaf"` lets
+            the target choose one for each leaf. By default each block has its own.
+        effort: `"fast"` tries the ranges and offsets near those that a block's extremes suggest, `"exhaustive"` all
+            that could be better; the format is the same.
+        slope: Lagrange multiplier of the rate-distortion cost: the extra squared error, relative to the leaf's mean
+            square, accepted to save one bit. By default the target sets it.
 
     Raises:
-        ValueError: an argument is out of its range.
-        TypeError: a number is not whole.
+        ValueError: if an argument is out of its range.
+        TypeError: if a number is not whole.
 
     Examples:
         >>> Multilevel().formats, len(Multilevel(width="leaf").formats)
@@ -124,7 +125,7 @@ class Multilevel(Codec):
         return dataclasses.replace(self, slope=slope) if self.rate_controlled else self
 
     def to_json(self) -> dict[str, Any]:
-        # What only encoding needs is left out where it is as usual.
+        # What only encoding needs is left out if it has its default.
         usual = {"effort": "fast", "slope": None}
         return {name: value for name, value in super().to_json().items() if name not in usual or value != usual[name]}
 
@@ -170,7 +171,7 @@ class Multilevel(Codec):
         spare: Float[Array, " blocks"],
         leaf_params: LeafParams,
     ) -> UInt8[Array, " blocks"]:
-        """The header of least cost for each block, among the candidates that its extremes suggest."""
+        """The cheapest header for each block, among those that its extremes suggest."""
         x = (blocks - leaf_params["centre"][:, None]) * (1 / leaf_params["step"])[:, None]
         slope = leaf_params["slope"] * jnp.square(leaf_params["unit"] / leaf_params["step"])
         tried = self._candidates(form, *_suggested(x))
@@ -186,7 +187,7 @@ class Multilevel(Codec):
     def _candidates(
         self, form: MultilevelFormat, natural: Array, middle: Array, escape: Array
     ) -> UInt8[Array, "tried blocks"]:
-        """The headers to try for blocks of these suggestions; 0, for no payload, is always tried."""
+        """The headers to try for blocks with these suggestions; 0, for no payload, is always tried."""
         natural, middle, escape = natural[None], middle[None], escape[None]
         if self.effort == "exhaustive":
             ranges, offsets = np.mgrid[slice(*_EXHAUSTIVE), :OFFSETS].astype(np.int32).reshape(2, -1, 1)
@@ -216,7 +217,7 @@ def _cost(
     header: UInt8[Array, " blocks"],
     slope: Float[Array, " blocks"],
 ) -> Float[Array, " blocks"]:
-    """Squared error plus slope times bits, in squares of the step. No tables, which take longer than arithmetic."""
+    """Squared error plus slope times bits, in squares of the step. Arithmetic is faster here than lookup tables."""
     r, offset = (part.astype(jnp.int32) for part in (header // OFFSETS, header % OFFSETS))
     half = jnp.exp2(jnp.where(r > 0, r, 8 * OCTAVE + offset * (offset - 1)).astype(jnp.float32) / OCTAVE)
     width = jnp.where(r > 0, r // OCTAVE + 1, 8) if form.width is None else jnp.full_like(r, form.width)
@@ -231,7 +232,8 @@ def _cost(
 
 
 def _suggested(x: Float[Array, "blocks size"]) -> tuple[Array, Array, Array]:
-    """What the extremes of blocks suggest: the range that just holds each, its middle, and the header of its escape."""
+    """What the extremes of blocks suggest: the range that just covers each, its middle, and the header of its
+    escape."""
     low, high = x.min(1), x.max(1)
     half, middle = (high - low) / 2, (high + low) / 2
     reach = half + jnp.abs(middle)
@@ -243,15 +245,16 @@ def _suggested(x: Float[Array, "blocks size"]) -> tuple[Array, Array, Array]:
 
 
 def _centre(leaf: LeafStatistics) -> Any:
-    """The mean of a leaf whose weights lie well to one side of zero, else 0; of equal weights their value, exactly."""
+    """The mean of a leaf whose weights lie well to one side of zero, otherwise 0; for equal weights, exactly their
+    value."""
     xp = namespace(leaf.rms)
     aside = xp.where(abs(leaf.mean) >= _PULL, leaf.mean * leaf.rms, 0 * leaf.rms)
-    # A NaN always shows in the mean; XLA's extremes may pass it by.
+    # A NaN always shows in the mean; XLA's minimum and maximum may ignore it.
     return xp.where(xp.isnan(leaf.mean), xp.nan, xp.where(leaf.low == leaf.high, leaf.low, aside))
 
 
 def _inverse(y: Array) -> Array:
-    """The `u` whose cubic is `y`, for `y` from -1 to 1; off by 0.0002 at most."""
+    """The `u` whose cubic is `y`, for `y` from -1 to 1, with an error of at most 0.0002."""
     u = jnp.float32(_INVERSE[-1])
     for coefficient in _INVERSE[-2::-1]:
         u = u * (y * y) + coefficient
@@ -259,7 +262,7 @@ def _inverse(y: Array) -> Array:
 
 
 def _nearest(block: Float[Array, " size"], half: Array, middle: Array, n: Array) -> UInt8[Array, " size"]:
-    """The codes of the nearest of `n` levels; of two as near, the lower."""
+    """The codes of the nearest of `n` levels; the lower of two that are equally near."""
     y = jnp.where(half > 0, block * (1 / jnp.where(half > 0, half, 1)) - middle, -1)
     y = jnp.clip(y, -1, 1)
     # Levels lie at odd multiples of `1 / n`; their middles, before the cubic, at even ones.

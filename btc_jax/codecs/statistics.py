@@ -1,4 +1,4 @@
-"""What encoders need to know of blocks, and of whole leaves, before they code anything.
+"""Statistics of blocks and of whole leaves, which encoders need before they encode.
 
 The statistics of a block are calculated where the weights are, in float32; those of a leaf are reductions over its
 blocks: in float64 by numpy on the host, where nothing is compiled for the number of blocks, or traced under `jax.jit`.
@@ -23,9 +23,9 @@ class BlockStatistics(NamedTuple):
 
     Attributes:
         count: number of weights.
-        low, high: extremes. They may pass a NaN by.
-        mean, square: mean of the weights, and of their squares, over the largest weight and its square. NaN if a weight
-            is not finite.
+        low, high: extremes. They may ignore a NaN.
+        mean, square: mean of the weights, and of their squares, relative to the largest weight and its square. NaN if a
+            weight is not finite.
     """
 
     count: Any
@@ -46,13 +46,13 @@ def statistics_of(blocks: Float[Array, "blocks size"], spare: Float[Array, " blo
 
 
 def totals(values: Float[Array, "blocks size"], spare: Float[Array, " blocks"]) -> Float[Array, " blocks"]:
-    """The sum of each row without its last `spare` places, which all repeat one value."""
+    """The sum of each row without its last `spare` places, which repeat one value."""
     return row_sums(values) - spare * values[:, -1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
-    """Which of many blocks are those of one leaf, for reductions leaf by leaf.
+    """Which of many blocks belong to one leaf, for reductions leaf by leaf.
 
     Attributes:
         starts: the first block of each leaf, at least one block each; or `None` if all blocks are of one leaf, and
@@ -73,7 +73,7 @@ class Leaves:
         return -self.max(-values)
 
     def spread(self, numbers: Any, blocks: int) -> Any:
-        """A number for each leaf to one for each block."""
+        """Repeats a number for each leaf over its blocks."""
         if self.starts is None:
             return numbers
         return np.repeat(numbers, np.diff(np.append(self.starts, blocks)))
@@ -96,7 +96,7 @@ class LeafStatistics(NamedTuple):
     rms: Any
 
 
-@np.errstate(all="ignore")  # weights that are not finite show in the mean
+@np.errstate(all="ignore")  # non-finite weights show in the mean
 def whole(blocks: BlockStatistics, leaves: Leaves) -> LeafStatistics:
     """The statistics of leaves, from those of all of their blocks."""
     xp, size = namespace(blocks.low), blocks.low.shape[0]
@@ -113,5 +113,5 @@ def whole(blocks: BlockStatistics, leaves: Leaves) -> LeafStatistics:
 
 
 def on_host(blocks: BlockStatistics) -> BlockStatistics:
-    """In float64, so that long sums keep their digits."""
+    """Converts to float64, so that long sums keep their precision."""
     return BlockStatistics(*(np.asarray(values, np.float64) for values in blocks))

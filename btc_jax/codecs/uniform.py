@@ -26,8 +26,9 @@ _ROUND = 1.5 * 2**23
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 
 SMALLEST = {"float16": 2.0**-20, "float32": 1e-35}
-"""Largest weight that a leaf must have, unless all are zero, by `header_dtype`. Below, rounding the extremes outwards
-widens the range of a block by more than an eighth, and in the end steps are no normal float32."""
+"""Smallest magnitude, by `header_dtype`, that the largest weight of a leaf must have, unless all are zero. Below,
+rounding the extremes outwards widens the range of a block by more than an eighth, and eventually steps are
+subnormal."""
 
 _SPREAD = 4.4
 """Range of a block of 32 to 64 Gaussian weights over their standard deviation."""
@@ -37,28 +38,28 @@ _SPREAD = 4.4
 class Uniform(Codec):
     """Each block is quantized uniformly between its extremes, with few bits if it is smooth and many if it is not.
 
-    A block whose population standard deviation is below `threshold` takes `low_bits` a weight, any other `high_bits`
+    A block whose population standard deviation is below `threshold` takes `low_bits` per weight, any other `high_bits`
     (equations 1 to 3). Its grid runs from minimum to maximum in `2 ** bits - 1` steps (equations 4 and 5). The header
-    stores both extremes and one bit for the width: 33 bits a block with `float16` extremes.
+    stores both extremes and one bit for the width: 33 bits per block with `float16` extremes.
 
     The minimum is rounded down and the maximum up to `header_dtype`, and the grid runs between the rounded values. So
-    nothing clips, and every weight comes back within half a step of its block, up to float32 rounding. (A block of a
-    range below 3e-36, of which a step is no normal float32, comes back as its minimum.) With float16 extremes a step is
-    never finer than their own grid near the weights, 6e-8 around zero; so a leaf of which no weight reaches 2**-20 is
-    refused, and needs `header_dtype="float32"`.
+    nothing clips, and every weight comes back within half a step of its block, up to float32 rounding. (A block with a
+    range below 3e-36, whose step would be subnormal in float32, decodes to its minimum.) With float16 extremes, a step
+    is never finer than the float16 grid near the weights, 6e-8 around zero; so a leaf without a weight of at least
+    2**-20 is refused, and needs `header_dtype="float32"`.
 
     Args:
         block_size: weights per block, 2 to 65536.
         low_bits: bits per weight of a smooth block, 1 to 7.
         high_bits: bits per weight of any other block, above `low_bits` and at most 8.
-        threshold: standard deviation from which a block is wide, in units of the weights, 1e-18 or more to be told
-            apart in float32. 0 makes every block wide, infinity none. `"auto"` leaves it to the target of
-            `btc_quantize`, such as `bits=5.5`; then it follows the scale of the weights.
-        header_dtype: `"float16"` or `"float32"`; float16 holds weights up to 65504.
+        threshold: standard deviation from which a block is wide, in units of the weights; 0 makes every block wide, inf
+            none, and anything between must be at least 1e-18. `"auto"` lets the target set it, relative to the scale of
+            each leaf.
+        header_dtype: dtype of the stored extremes, `"float16"` or `"float32"`; float16 holds weights up to 65504.
 
     Raises:
-        ValueError: an argument is out of its range.
-        TypeError: an argument is not a number.
+        ValueError: if an argument is out of its range.
+        TypeError: if an argument is not a number.
 
     Examples:
         >>> Uniform(block_size=32).formats
@@ -114,14 +115,14 @@ class Uniform(Codec):
 
     @property
     def _worth(self) -> float:
-        """The variance of a block, over the slope, from which its wide codes save as much error as they cost bits."""
+        """The variance of a block, relative to the slope, at which wide codes save as much error as their bits cost."""
         saved = _SPREAD**2 / 12 * ((2**self.low_bits - 1) ** -2 - (2**self.high_bits - 1) ** -2)
         return (self.high_bits - self.low_bits) / saved
 
     def leaf_params(
         self, form: Format, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
     ) -> LeafParams:
-        """The threshold. One left open is where a wide block saves as much error as its bits are worth."""
+        """The threshold; an automatic one is where wide codes save as much error as their bits cost."""
         xp = namespace(leaf.rms)
         if self.threshold != "auto":
             return {"threshold": xp.full_like(leaf.rms, self.threshold)}
@@ -131,7 +132,7 @@ class Uniform(Codec):
         self, form: Format, blocks: Float[Array, "blocks size"], spare: Float[Array, " blocks"], leaf_params: LeafParams
     ) -> Coded:
         assert isinstance(form, UniformFormat)
-        # The barrier keeps XLA:GPU from calculating with extremes as they were before they were rounded.
+        # The barrier keeps XLA:GPU from using the extremes as they were before rounding.
         wide, minimum, maximum = jax.lax.optimization_barrier(
             _statistics(form, blocks, spare, leaf_params["threshold"])
         )
@@ -170,7 +171,7 @@ def _statistics(
     maximum = -_round_down(-blocks.max(1), dtype)
     count = blocks.shape[1] - spare
     mean = totals(blocks, spare) / count
-    # A NaN always shows in the mean; XLA's minimum and maximum may pass it by.
+    # A NaN always shows in the mean; XLA's minimum and maximum may ignore it.
     in_range = jnp.isfinite(maximum.astype(jnp.float32) - minimum.astype(jnp.float32)) & ~jnp.isnan(mean)
     minimum = jnp.where(in_range, minimum, jnp.full_like(minimum, jnp.nan))
     if len(form.widths) == 1:
@@ -186,7 +187,7 @@ def _quantize(block: Float[Array, " size"], low: Float[Array, ""], step: Float[A
 
 
 def _round_down(x: Float[Array, " blocks"], dtype: jnp.dtype) -> Float[Array, " blocks"]:
-    """The largest numbers of `dtype` that are not above `x`. Zero becomes -0.0, so that no header is all zero bits."""
+    """The largest numbers of `dtype` that do not exceed `x`. Zero becomes -0.0, so that no header is all zero bits."""
     y = rounded(x, dtype)
     y = jnp.where(y.astype(x.dtype) > x, jnp.nextafter(y, jnp.full_like(y, -jnp.inf)), y)
     return jnp.where(y == 0, jnp.full_like(y, -0.0), y)

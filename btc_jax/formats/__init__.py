@@ -1,4 +1,5 @@
-"""Formats, one file each: what a packed leaf is, in a tree and in a file. `base.py` holds their contract."""
+"""Formats, one file each: the meaning of a packed leaf's arrays, in a tree and in a file. `base.py` holds their
+contract."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,11 +11,11 @@ from btc_jax.formats.uniform import UniformFormat as UniformFormat
 _F = TypeVar("_F", bound=type[Format])
 
 FORMATS: dict[str, type[Format]] = {form.id: form for form in (UniformFormat, MultilevelFormat)}
-"""Every format by the id that a file names it with."""
+"""Every format by the id that files use for it."""
 
 
 class UnknownFormatError(ValueError):
-    """A file names a format that is not registered, or a leaf is to be saved whose format no file could name.
+    """A file names a format that is not registered, or the format of a leaf to be saved is not.
 
     Attributes:
         id: the name.
@@ -30,10 +31,10 @@ class UnknownFormatError(ValueError):
 
 
 def register_format(form: _F) -> _F:
-    """Makes a format of your own known to files; use it as a decorator of the class.
+    """Registers a custom format for files; use it as a class decorator.
 
-    Without it a format works in memory, but `save` refuses its leaves, since no `load` could decode them. A codec of
-    your own whose blocks are in a format of the library needs nothing.
+    Without it, a format works in memory, but `save` refuses its leaves, since no `load` could decode them. A custom
+    codec that writes a format of the library needs no registration.
 
     Args:
         form: a subclass of `Format`, with an `id` of its own.
@@ -42,8 +43,8 @@ def register_format(form: _F) -> _F:
         The class itself.
 
     Raises:
-        ValueError: another format has the same `id`.
-        TypeError: it is not a subclass of `Format`, or its `id` is not text.
+        ValueError: if another format has the same `id`.
+        TypeError: if it is not a subclass of `Format`, or its `id` is not text.
 
     Examples:
         >>> import dataclasses
@@ -69,10 +70,10 @@ def register_format(form: _F) -> _F:
 
 
 def check_registered(form: Format) -> None:
-    """Refuses a format that `format_from_json` could not make again.
+    """Refuse a format that `format_from_json` could not recreate.
 
     Raises:
-        UnknownFormatError: its class is not registered.
+        UnknownFormatError: if its class is not registered.
     """
     if FORMATS.get(getattr(form, "id", "")) is not type(form):
         raise UnknownFormatError(getattr(form, "id", type(form).__name__))
@@ -82,8 +83,8 @@ def format_from_json(config: Mapping[str, Any]) -> Format:
     """The format that `form.to_json()` described.
 
     Raises:
-        UnknownFormatError: the id is unknown.
-        ValueError: a field is missing, unknown, or out of range.
+        UnknownFormatError: if the id is unknown.
+        ValueError: if a field is missing, unknown, or out of range.
 
     Examples:
         >>> format_from_json({"id": "uniform", "block_size": 32, "widths": [4]})

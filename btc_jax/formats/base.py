@@ -1,9 +1,9 @@
 """The contract of a format: what the stored arrays of a packed leaf mean.
 
 A format is a frozen dataclass of plain numbers: hashable, static under `jax.jit`, equal after a JSON round trip, and
-its repr is a constructor call. It holds nothing of how a leaf was made: neither thresholds, nor slopes, nor efforts. So
-leaves of one format decode with one program, and trees of them have equal structures. It knows nothing of trees, files
-and encoders. Two formats may share an `id` only if each decodes what is stored in the other.
+its repr is a constructor call. It holds nothing about how a leaf was encoded: no thresholds, slopes or efforts. So
+leaves of one format share a decoding program, and trees of them have equal structures. It knows nothing about trees,
+files or encoders. Two formats may share an `id` only if each decodes what is stored in the other.
 """
 
 import abc
@@ -38,12 +38,12 @@ class Format(abc.ABC):
 
     @property
     def wide_bits(self) -> int:
-        """The width from which reports call a block wide."""
+        """The width from which reports count a block as wide."""
         return self.widths[-1]
 
     @abc.abstractmethod
     def stored_header(self, blocks: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names, shapes and dtypes of what `pack_header` makes of so many blocks."""
+        """Names, shapes and dtypes of what `pack_header` returns for this many blocks."""
 
     @abc.abstractmethod
     def pack_header(
@@ -61,7 +61,7 @@ class Format(abc.ABC):
     def unpack_header(self, stored: Mapping[str, Any], blocks: int) -> tuple[Any, dict[str, Any]]:
         """Inverse of `pack_header`: the widths, `u8[blocks]`, and header and leaf parameters as arrays over the blocks.
 
-        In numpy for arrays on the host, where nothing is to be compiled for their shapes; else traceable.
+        In numpy for arrays on the host, so that nothing is compiled for their shapes; otherwise traceable.
         """
 
     @abc.abstractmethod
@@ -73,8 +73,8 @@ class Format(abc.ABC):
         """The float32 weights that codes stand for; pure, and traceable.
 
         The codes of a block lie in order, flat or in a shape of several axes, and may be followed by some that are
-        padding. The weights come in the same shape. Where each depends on its own code only, any shape will do; where
-        neighbours count, `codes.reshape(len(codes), -1)` has the block in one axis.
+        padding. The weights come in the same shape. If each depends only on its own code, any shape will do; if
+        neighbours matter, `codes.reshape(len(codes), -1)` has the block along one axis.
         """
 
     def to_json(self) -> dict[str, Any]:

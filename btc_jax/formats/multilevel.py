@@ -20,41 +20,41 @@ OFFSETS = 8
 SPACING = 5 / 64
 """Distance of neighbouring offsets, over the half-range: 0.1 dB better than 0.1, and exact in binary."""
 
-# What each of the 256 headers means: tables, so that every device decodes alike.
+# The meaning of each of the 256 headers, as tables, so that every device decodes alike.
 _RANGE, _OFFSET = np.divmod(np.arange(256), OFFSETS)
 _ESCAPE = 8 + _OFFSET * (_OFFSET - 1) / 4
 WIDTHS = np.where(_RANGE > 0, _RANGE // OCTAVE + 1, np.where(_OFFSET > 0, 8, 0)).astype(np.uint8)
 HALVES = np.where(WIDTHS > 0, 2.0 ** np.where(_RANGE > 0, _RANGE / OCTAVE, _ESCAPE), 0).astype(np.float32)
-"""Half-range, over the step of the leaf."""
+"""Half-range, relative to the step of the leaf."""
 MIDDLES = np.where(_RANGE > 0, (_OFFSET - (OFFSETS - 1) / 2) * SPACING, 0).astype(np.float32)
-"""Middle, over the half-range."""
+"""Middle, relative to the half-range."""
 _LEVELS = (2.0 ** np.arange(9)).astype(np.float32)
 ON_A_LEVEL = np.where(_LEVELS > 1, -(0.75 / _LEVELS + 0.25 / _LEVELS**3), 0).astype(np.float32)
-"""Middle of an escaped block by its width: a level lies on the centre, for the weights that are no outliers."""
+"""Middle of an escaped block by its width: one level lies on the centre, for the weights that are not outliers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MultilevelFormat(Format):
-    """Blocks whose one byte of header tells their range, their place and their width.
+    """Blocks whose one-byte header gives their range, offset and width.
 
     A range `r` from 1 to 31, 5 bits, is a half-range of `step * 2 ** (r / 4)` and implies the width `r // 4 + 1`; so
     the grid of every block has one of four steps. The other 3 bits are an offset. Range 0 is a block without payload if
     its offset is 0. Otherwise the offset `e` tells how far beyond the others the range is: `step * 2 ** (8 + e * (e -
-    1) / 4)`, with 8 bits and a level on the centre, for the rare outlier. `step` and `centre` are two numbers a leaf.
+    1) / 4)`, with 8 bits and a level on the centre, for the rare outlier. `step` and `centre` are two numbers per leaf.
 
     With `n = 2 ** width`, code `q` is the level `u = (2 * q + 1 - n) / n`, from -1 to 1, and the weight
     `centre + half_range * (0.75 * u + 0.25 * u ** 3 + (2 * offset - 7) * 5 / 128)`. The cubic sets levels closer in the
-    middle, where the weights are, by the same proportion at any width: worth 0.3 dB over even levels, as much as tables
-    of levels trained for each width, and no table has to be looked up.
+    middle, where the weights are, by the same proportion at any width: 0.3 dB better than even levels, and as good as
+    level tables trained for each width, without lookups.
 
     Args:
         block_size: weights per block, 16 to 256.
-        width: one width, 0 to 8 bits, for every block, so that the codes lie at even distances; or `None` for each
-            block its own.
+        width: one width, 0 to 8 bits, for all blocks, so that codes lie at a constant stride; or `None` for a width of
+            each block's own.
 
     Raises:
-        ValueError: an argument is out of its range.
-        TypeError: a number is not whole.
+        ValueError: if an argument is out of its range.
+        TypeError: if a number is not whole.
 
     Examples:
         >>> MultilevelFormat().widths, MultilevelFormat(width=4).widths
@@ -118,14 +118,14 @@ def take(table: np.ndarray, index: Array) -> Array:
 def grid_of(
     header: UInt8[Array, " blocks"], widths: UInt8[Array, " blocks"], step: Array
 ) -> tuple[Array, Array, Array]:
-    """Of each block the half-range, the middle over the half-range, and the number of levels, in float32."""
+    """For each block: the half-range, the middle relative to it, and the number of levels, in float32."""
     escaped = (header > 0) & (header < OFFSETS)
     middle = jnp.where(escaped, take(ON_A_LEVEL, widths), take(MIDDLES, header))
     return step * take(HALVES, header), middle, take(_LEVELS, widths)
 
 
 def cubic(u: Array) -> Array:
-    """The place of a level over the half-range."""
+    """The position of a level relative to the half-range."""
     return u * (0.75 + 0.25 * (u * u))
 
 

@@ -22,7 +22,7 @@ class UniformFormat(Format):
     """Blocks between a stored minimum and maximum, in `2 ** width - 1` even steps.
 
     Stored are both extremes of each block in `header_dtype`, and, where there are two widths, a bit that tells which:
-    33 bits a block with `float16` extremes.
+    33 bits per block with `float16` extremes.
 
     Args:
         block_size: weights per block, 2 to 65536.
@@ -30,8 +30,8 @@ class UniformFormat(Format):
         header_dtype: `"float16"` or `"float32"`.
 
     Raises:
-        ValueError: an argument is out of its range.
-        TypeError: a number is not whole.
+        ValueError: if an argument is out of its range.
+        TypeError: if a number is not whole.
 
     Examples:
         >>> UniformFormat(block_size=32).widths
@@ -99,10 +99,10 @@ class UniformFormat(Format):
         low, high = minimum.astype(jnp.float32), maximum.astype(jnp.float32)
         levels = jnp.where(wide, 2.0 ** self.widths[-1] - 1, 2.0 ** self.widths[0] - 1)
         step = divide(high - low, levels)
-        # Some devices keep steps below the normal numbers and some do not; so none does.
+        # Some devices flush subnormal steps to zero and some do not; here all do.
         return low, jnp.where(step < jnp.finfo(jnp.float32).tiny, jnp.zeros_like(step), step)
 
 
 def _dequantize(codes: UInt[Array, "..."], low: Float[Array, ""], step: Float[Array, ""]) -> Float[Array, "..."]:
-    """Equation 5 of one block, backward."""
+    """Equation 5 of one block, inverted."""
     return low + codes.astype(jnp.int32).astype(jnp.float32) * step

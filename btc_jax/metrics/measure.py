@@ -29,7 +29,7 @@ _CACHEFUL = 2**16
 def btc_metrics(
     params: PyTree, quantized: PyTree, codec: Codec | None = None, *, policy: Policy | None = None
 ) -> TreeMetrics:
-    """Compares a packed tree with the one it came from.
+    """Compare a packed tree with its original.
 
     Args:
         params: the tree that was quantized.
@@ -37,7 +37,7 @@ def btc_metrics(
         codec, policy: those given to `btc_quantize`; they tell the reasons of dense leaves.
 
     Raises:
-        ValueError: the trees differ in paths or shapes, or have changed places, or nothing was quantized.
+        ValueError: if the trees differ in paths or shapes, are swapped, or nothing was quantized.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp
@@ -92,7 +92,7 @@ def measure_leaf(
     """The metrics of one leaf; `storage` is `None` for a dense one, and `error` where it is still to be measured.
 
     Raises:
-        ValueError: the two arrays differ in shape.
+        ValueError: if the two arrays differ in shape.
     """
     shape, before = tuple(getattr(original, "shape", ())), leaf_nbytes(original)
     dtype = str(getattr(original, "dtype", type(original).__name__))
@@ -123,7 +123,7 @@ def tree_metrics(rows: Iterable[LeafRow]) -> TreeMetrics:
 
 
 def storage_of(tensor: BTCTensor) -> Storage:
-    """What a packed leaf stores."""
+    """What is stored for a packed leaf."""
     widths = np.asarray(tensor.widths, np.int64)
     last = widths.reshape(math.prod(tensor.pieces), -1)[:, -1:]  # the last block of each piece may be short
     spare = (tensor.num_blocks * tensor.format.block_size - tensor.size) // math.prod(tensor.pieces)

@@ -1,8 +1,8 @@
 """The figures of a packed tree: bits, bytes and error, for each leaf and in total.
 
-Bits are counted honestly: *payload* bits are those of the codes of real weights, *header* bits all that is stored
-for blocks next to them, and *effective* bits everything stored, over the number of weights: the padding of the last
-block and the seal of each leaf included.
+*Payload* bits are those of the codes of real weights, *header* bits all that is stored for blocks besides them, and
+*effective* bits everything that is stored, per weight, including the padding of the last block and the seal of each
+leaf.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Storage:
 
     Attributes:
         weights: number of weights.
-        blocks, wide_blocks: number of blocks, and of those the wide ones.
-        payload_bits: bits of the codes of real weights, in all.
+        blocks, wide_blocks: number of blocks, and of wide blocks.
+        payload_bits: total bits of the codes of real weights.
         header_bits: bits of all headers.
         nbytes: bytes of everything stored.
     """
@@ -52,7 +52,7 @@ class Measures:
         payload_bits, header_bits, effective_bits: per weight.
         rmse: root of the mean squared error, in units of the weights.
         relative_rmse: `rmse` over the root mean square of the weights.
-        sqnr_db: signal to quantization noise, `10 log10(sum w^2 / sum e^2)`, in dB; infinite without error.
+        sqnr_db: signal-to-quantization-noise ratio, `10 log10(sum w^2 / sum e^2)`, in dB; infinite without error.
         largest_error: largest absolute error of a weight.
     """
 

@@ -36,7 +36,7 @@ def compiler() -> list[str]:
     """The command of a C compiler: `$CC`, the system's, or that of the package `ziglang`.
 
     Raises:
-        BuildError: there is none.
+        BuildError: if there is none.
     """
     if command := os.environ.get("CC"):
         return command.split()
@@ -56,8 +56,8 @@ def build(folder: Path, extra: Sequence[str] = ()) -> Path:
         extra: more flags for the compiler, such as those of a sanitizer.
 
     Raises:
-        BuildError: there is no compiler, or it failed.
-        OSError: the folder cannot be written.
+        BuildError: if there is no compiler, or it failed.
+        OSError: if the folder cannot be written.
     """
     import jax.ffi  # the headers: a wheel that is built has no other use for jax
 

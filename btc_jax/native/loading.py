@@ -58,7 +58,7 @@ def library() -> Library | None:
     """The library, or `None` where it is left out; `why_not` tells why.
 
     Raises:
-        ValueError: the environment variable `BTC_JAX_NATIVE` has an unknown value.
+        ValueError: if the environment variable `BTC_JAX_NATIVE` has an unknown value.
     """
     found = _loaded()
     return found if isinstance(found, Library) else None
@@ -79,7 +79,7 @@ def load(path: Path, most: str = "avx512") -> Library:
     """Loads a library and makes its functions known to XLA.
 
     Raises:
-        OSError: it cannot be loaded.
+        OSError: if it cannot be loaded.
     """
     functions = ctypes.CDLL(str(path))
     functions.btc_start.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""Which leaf is quantized, with which codec and in which order; and if not, why not. Values are never read.
+"""Which leaves are quantized, with which codec and in which layout, and why not the others. Values are never read.
 
 what a path says (kinds), what belongs to the training (training) and what the user says (rules) -> a decision (decide)
 """

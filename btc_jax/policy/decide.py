@@ -19,7 +19,8 @@ from btc_jax.sizes import nbytes_of_one_width
 
 NOT_SMALLER = "would not become smaller"
 _RECORD = 64
-"""Bytes that a file may say more of a packed leaf than of a dense one: its error, and the length of its codes."""
+"""Bytes that a file may need more for the record of a packed leaf than of a dense one: its error, and the length of its
+codes."""
 _DTYPES = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
 
@@ -33,8 +34,8 @@ class LeafSpec:
         dtype: its dtype; `None` for what is not an array.
         note: why the leaf cannot be quantized whatever the policy says, or empty.
         stacks: axes that the box around the leaf names as those of layers or experts.
-        training: what the containers around the leaf tell that it is to the training of the model, such as "optimizer
-            state"; empty for a parameter, or where only the path can tell.
+        training: the part of the training that the containers around the leaf say it is, such as "optimizer state";
+            empty for a parameter, or if only the path can tell.
     """
 
     path: str
@@ -52,19 +53,19 @@ class LeafSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What a policy says of one leaf.
+    """What a policy decides about one leaf.
 
     Attributes:
         path: the leaf.
         codec: its codec, or `None` for a dense leaf.
-        order: how its weights run through the blocks.
+        order: the layout: how its weights run through the blocks.
         reason: why it is packed, or is not.
-        allow_transform: the order may become the one that transforms the taps as well, where that pays.
+        allow_transform: the allocator may switch to the layout with transformed taps if that lowers the cost.
         weight: how much its squared error counts.
         stack: how many matrices of one shape it holds, such as layers stacked for a scan.
-        stacks: the axes along which it is cut into matrices that are packed one by one.
+        stacks: the axes along which it is cut into matrices, each packed by itself.
         pieces: numbers of pieces along its axes, where a rule names them.
-        tied_to: path of the leaf before it that is the same array, and is packed or kept for both; or empty.
+        tied_to: path of an earlier leaf that is the same array, and is packed or kept for both; or empty.
     """
 
     path: str
@@ -86,21 +87,21 @@ class Policy:
     The default packs floating leaves of 2 axes or more that become smaller by it, except those whose path tells that
     they are not weight matrices: biases, scales and other parameters of norms, statistics, position and rotary tables,
     class and mask tokens, LoRA adapters, and collections of state such as `batch_stats`. It also leaves dense what
-    belongs to the training (optimizer states, moving averages, gradients), and what Linen's `WeightNorm` and
-    `SpectralNorm` normalize, since they cannot read packed leaves. A rule overrides all of that. Leaves without
-    elements, and those that are not floating, always stay dense.
+    belongs to training (optimizer states, moving averages, gradients), and what Linen's `WeightNorm` and `SpectralNorm`
+    normalize, since these cannot read packed leaves. A rule overrides all of that. Leaves without elements, and those
+    that are not floating, always stay dense.
 
     Args:
         codec: the codec of leaves packed by default. `None` is the one that the call implies: `Multilevel()` with a
             target such as `bits=4.5`, and `Uniform()` without.
-        rules: looked through in order; the first that matches a leaf decides.
-        names: globs for names: the default then packs leaves of these names only, whatever else the names tell, and
-            `("*",)` is any. A name is the last key of a path; of one with dots, also what follows the last dot.
+        rules: the first that matches a leaf decides.
+        names: globs of names: the default then packs only leaves with these names, whatever else the names suggest;
+            `("*",)` is any. A name is the last key of a path; if that has dots, also what follows the last dot.
         min_axes: fewest axes that the default packs.
-        min_size: fewest weights that the default packs; `None` for as few as make a leaf smaller, its header and what a
-            file says of it counted.
-        order: how the weights run through the blocks, where the rule does not say; `None` is `"stored"` for embeddings
-            and for leaves named `weight`, as PyTorch and Equinox have them, and `"output-major"` for all others.
+        min_size: fewest weights that the default packs; `None` for as few as make a leaf smaller, including its header
+            and its record in a file.
+        order: the layout of leaves whose rule names none; `None` is `"stored"` for embeddings and for leaves named
+            `weight`, as in PyTorch and Equinox, and `"output-major"` for all others.
 
     Raises:
         BTCPolicyError: if an argument is of the wrong kind.
@@ -135,10 +136,10 @@ class Policy:
         check_order(self.order)
 
     def decide(self, leaves: Sequence[LeafSpec]) -> list[Decision]:
-        """One decision a leaf, in their order. Without a codec, `Uniform()` is that of the policy.
+        """One decision for each leaf, in their order. Without a codec, that of the policy is `Uniform()`.
 
         Raises:
-            BTCPolicyError: if a rule decides no leaf, or asks to quantize what is not floating.
+            BTCPolicyError: if a rule decides about no leaf, or asks to quantize one that is not floating.
         """
         paths = [leaf.path for leaf in leaves]
         numbers = first_matches(self.rules, paths)
@@ -152,7 +153,7 @@ class Policy:
         return decisions
 
     def _decide(self, leaf: LeafSpec, number: int, rule: Rule, dense: str) -> Decision:
-        """What a rule says of a leaf; rule 0 is the default, and `dense` why it keeps away from the leaf."""
+        """What a rule decides about a leaf; rule 0 is the default, and `dense` is why it leaves the leaf alone."""
         codec = (self.codec or implied_codec(False)) if rule.codec == "default" else rule.codec
         obstacle = leaf.note or _not_floating(leaf)
         if number and codec and obstacle and not leaf.note:
@@ -201,7 +202,7 @@ class Policy:
 
 
 def _around(leaves: Sequence[LeafSpec], paths: Sequence[str]) -> list[str]:
-    """What the other leaves and the containers say against each leaf: part of the training, or normalized by Linen."""
+    """Why the other leaves or the containers exclude each leaf: it is part of the training, or normalized by Linen."""
     normalized = normalized_by_linen(paths)
     training = zip(by_path(paths), leaves, strict=True)
     return [found or leaf.training or ("normalized" if leaf.path in normalized else "") for found, leaf in training]
@@ -220,13 +221,15 @@ def _stack_axes(leaf: LeafSpec, rule: Rule, number: int) -> tuple[int, ...]:
 
 
 def _counted(decision: Decision, leaf: LeafSpec, stack: int) -> Decision:
-    """With the number of its matrices: along the axes that a rule names, or as far as names and shapes tell."""
+    """The decision with the number of its matrices: along the axes that a rule names, or guessed from names and
+    shapes."""
     named = math.prod(leaf.shape[axis] for axis in decision.stacks)
     return dataclasses.replace(decision, stack=named if decision.stacks else stack)
 
 
 def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:
-    """Whether packing saves bytes, with all blocks as wide as they can be, or for a target as they usually are."""
+    """Whether packing saves bytes: with all blocks at their widest, or at the default bits of a rate-controlled
+    codec."""
     size, form = math.prod(leaf.shape), codec.formats[-1]
     usual = codec.default_bits if codec.rate_controlled else math.inf
     width = min((bits for bits in form.widths if bits >= usual), default=form.widths[-1])
@@ -234,7 +237,7 @@ def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:
 
 
 def implied_codec(target: bool) -> Codec:
-    """The codec that a call implies where none is named: with a target, or without."""
+    """The codec of a call that names none, with or without a target."""
     return Multilevel() if target else Uniform()
 
 

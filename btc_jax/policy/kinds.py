@@ -1,4 +1,4 @@
-"""What the path of a leaf says it is: a weight matrix, or something that is plainly not one."""
+"""What a leaf is, by its path: possibly a weight matrix, or plainly not one."""
 
 import functools
 import re
@@ -10,11 +10,11 @@ _COLLECTIONS = frozenset(("batch_stats", "cache", "kv_cache", "intermediates", "
 """Collections of variables that are state, not weights."""
 
 _WRAPPERS = frozenset(("", "vars", "value", "raw_value", "data_array"))
-"""Last keys that some libraries add below the name of a variable."""
+"""Last keys that some libraries append to the name of a variable."""
 
 _SCALES = frozenset(("scale", "gamma", "beta", "offset", "shift", "gain", "g"))
 _OF_TABLE = frozenset(("embedding", "embeddings", "weight", "table", "rel_embedding", "w_pos"))
-"""Names of a layer's only parameter, which the name of the layer explains."""
+"""Names of a layer's only parameter, whose meaning follows from the name of the layer."""
 
 _LAYER = re.compile(r"ada|conv|dense|fc|feed|ffn?|forward|head|lin(ear)?|mlp|modulation|net|proj(ection)?")
 """Words of layers with a weight matrix of their own, such as `linear_pos` or `adaLN_modulation`."""
@@ -71,7 +71,7 @@ def kind_of(path: str) -> str:
 
 @functools.lru_cache(2**16)
 def _kind_within(part: str) -> str:
-    """What everything below a part is."""
+    """What everything below a part of the path is."""
     if "lora" in _words(snake(part)):
         return "LoRA adapter"
     return "rotary table" if _ROTARY.fullmatch(snake(part)) else ""
@@ -88,10 +88,8 @@ def _other_kind(last: str, words: frozenset[str]) -> str:
 
 
 def order_of(path: str) -> Order:
-    """How the weights of a leaf run through the blocks by default.
-
-    As they are stored, if each row is the vector of a token (embeddings), or of an output (`weight`, as PyTorch and
-    Equinox have it); else output by output.
+    """The default layout of a leaf: as stored, if each row is the vector of a token (embeddings) or of an output
+    (`weight` in PyTorch and Equinox); otherwise output by output.
 
     Examples:
         >>> [order_of(path) for path in ("embed/embedding", "fc.weight", "Dense_0/kernel")]
@@ -117,8 +115,8 @@ def is_embedding(path: str) -> bool:
 def normalized_by_linen(paths: Sequence[str]) -> set[str]:
     """Leaves that `nn.WeightNorm` or `nn.SpectralNorm` normalizes when the model runs.
 
-    Both map over the arrays of all variables of their layer, so a packed leaf would be taken for several. They keep
-    what they add under the name of the leaf: `WeightNorm_0` has the key `Dense_0/kernel/scale`.
+    Both map over the arrays of all variables of their layer, so they would mistake a packed leaf for several. They
+    store what they add under the name of the leaf: `WeightNorm_0` has the key `Dense_0/kernel/scale`.
 
     Examples:
         >>> normalized_by_linen(["Dense_0/kernel", "Dense_1/kernel", "WeightNorm_0/Dense_0/kernel/scale"])
@@ -134,7 +132,7 @@ def normalized_by_linen(paths: Sequence[str]) -> set[str]:
 
 
 def split_path(path: str) -> list[str]:
-    """The parts of a path; `/` separates them, and `.` as in PyTorch's names."""
+    """The parts of a path, separated by `/`, or by `.` as in PyTorch's names."""
     return re.split(r"[/.]", path)
 
 

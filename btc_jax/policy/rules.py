@@ -1,4 +1,4 @@
-"""A rule of a policy, and which of many rules is the first that matches a path."""
+"""A rule of a policy, and the first of many rules that matches a path."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ class NothingPackedError(Remedied, BTCPolicyError):
     """A policy leaves all leaves dense.
 
     Attributes:
-        reason: why the leaf that somebody most likely wanted to be packed is not.
-        pattern: of a rule that packs it and those like it.
+        reason: why the leaf that was most likely meant to be packed is not.
+        pattern: that of a rule which packs it and leaves like it.
     """
 
     def __init__(self, problem: str, remedy: str, reason: str = "", pattern: str = ""):
@@ -52,9 +52,9 @@ class Rule:
         pattern: a glob over the whole path, in which `*` also spans `/` (`"encoder/*/kernel"`); or, after `re:`, a
             regular expression that must match the whole path (`"re:layer_[0-3]/kernel"`).
         codec: how matching leaves are coded; `None` leaves them dense. `"default"` is the codec of the policy, so a
-            rule that only sets an order or a weight, or packs what the default would leave dense, need not name one.
-        order: how their weights run through the blocks, just so; `None` leaves it to the policy.
-        weight: how much the squared error of matching leaves counts, where bits are shared out for a target.
+            rule that only sets an order or a weight, or packs what the default leaves dense, need not name one.
+        order: layout of matching leaves; fixed, so the allocator will not change it. `None` leaves it to the policy.
+        weight: factor of the squared error of matching leaves when bits are allocated for a target.
         stack: axes along which matching leaves are stacks of matrices, such as layers for a scan, in the order in which
             they are mapped over. Each matrix is packed by itself, and the packed leaf can be scanned as the dense one.
             `None` for those that its box names `layers` or `experts`, if it is in a box.

@@ -1,6 +1,5 @@
-"""Leaves that hold many matrices of one shape: layers stacked for a scan, and experts.
-
-Their matrices count one by one where an error is weighed by the size of its matrix.
+"""Leaves that hold many matrices of one shape: layers stacked for a scan, and experts. Each matrix counts by itself
+when errors are weighted by the size of their matrix.
 """
 
 from collections import defaultdict
@@ -16,16 +15,16 @@ from btc_jax.policy.kinds import kind_of, snake, split_path
 
 _EXPERTS = frozenset(("expert", "experts"))
 _NAMES = frozenset(("layer", "layers", "stack", "stacks", "block", "blocks", *_EXPERTS))
-"""Names of axes along which a leaf is a stack."""
+"""Names of axes along which a leaf is a stack of matrices."""
 _VECTORS = frozenset(("bias", "norm", "scale"))
-"""Kinds of leaves that have one axis in a layer of their own."""
+"""Kinds of leaves that have one axis in an unstacked layer."""
 
 
 def stacks(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """How many matrices each leaf holds, 1 for most.
 
-    Experts are known by their name. Layers that are stacked show it by a bias, or the scale of a norm, that has an axis
-    more: then all leaves of the part of the tree that have its first axis are stacked.
+    Experts are recognised by name. Stacked layers are recognised by a bias, or the scale of a norm, with an extra axis:
+    then all leaves of that part of the tree with the same first axis are stacked.
 
     Examples:
         >>> stacks(["layers/norm/scale", "layers/mlp/kernel", "head/kernel"], [(12, 64), (12, 64, 256), (64, 100)])
@@ -64,7 +63,7 @@ def _stacked_layers(paths: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> 
 def named_in_boxes(tree: PyTree, is_leaf: Callable[[Any], bool]) -> dict[str, tuple[int, ...]]:
     """The axes that boxes of Linen and variables of NNX name as those of layers or experts, by path of the leaf.
 
-    Boxes that are not there (a tree of plain arrays) tell nothing.
+    A tree of plain arrays has no boxes, and none is found.
     """
     boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_leaf(node) or _names_of(node) != ())[0]
     found = {leaf_path(keys): _stacks(_names_of(node)) for keys, node in boxes if not is_leaf(node)}

@@ -1,5 +1,5 @@
-"""Which leaves of a tree belong to the training of a model, and not to the model: optimizer states, moving averages,
-gradients. They mirror the names of the parameters, so only what is around them tells.
+"""Which leaves of a tree belong to the training of a model, not to the model: optimizer states, moving averages,
+gradients. They mirror the names of the parameters, so only their containers tell.
 """
 
 import functools
@@ -54,10 +54,10 @@ Parts = tuple[str, ...]
 
 
 def by_path(paths: Sequence[str]) -> list[str]:
-    """What each leaf is to the training, by its path and those of the others; empty for a parameter.
+    """The part of the training that each leaf is, by its path and those of the others; empty for a parameter.
 
-    The innermost name decides, so that gradients that an optimizer accumulates are gradients. Both `/` and `.`
-    separate the parts of a path.
+    The innermost name decides, so gradients that an optimizer accumulates are gradients. Both `/` and `.` separate the
+    parts of a path.
 
     Examples:
         >>> by_path(["params/v/kernel", "opt_state/0/mu/v/kernel", "ema_params/v/kernel", "grads/v/kernel"])
@@ -108,14 +108,14 @@ def _by_siblings(node: Parts, below: dict[Parts, set[str]]) -> str:
 
 
 def _alike(a: Parts, b: Parts, below: dict[Parts, set[str]]) -> bool:
-    """Whether the same names are below both."""
+    """Whether the same names occur below both."""
     names = below.get(a, set())
     return names == below.get(b, set()) and all(_alike((*a, name), (*b, name), below) for name in names)
 
 
 def by_container(tree: PyTree, is_leaf: Callable[[Any], bool]) -> list[str]:
-    """What each leaf is to the training, by the types of the containers around it: a state of optax, or of NNX's
-    optimizer; empty where they do not tell.
+    """The part of the training that each leaf is, by the types of the containers around it: an optax state, or that of
+    an NNX optimizer; empty if they do not tell.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""Search by limits of error and accuracy: the largest blocks, or the fewest bits, that keep to them."""
+"""Search for the largest blocks, or the fewest bits, that keep to limits of error and accuracy."""
 
 from btc_jax.search.record import SearchResult as SearchResult
 from btc_jax.search.record import SearchStatus as SearchStatus

@@ -1,12 +1,12 @@
-"""Which budget of bits to try next: by halving, or where the figures of those tried say that a limit lies."""
+"""Which budget of bits to try next: by bisection, or where the trials so far predict the limit."""
 
 import math
 from typing import NamedTuple
 
 PREDICTED = 5
-"""Budgets that are tried because of predictions, before what is left is halved all the same."""
+"""Budgets tried on predictions before the rest of the range is bisected."""
 _MISSES = 2
-"""Predictions that may turn out wrong before that."""
+"""Wrong predictions allowed before that."""
 
 
 class _Tried(NamedTuple):
@@ -16,13 +16,14 @@ class _Tried(NamedTuple):
 
 
 class Budgets:
-    """The smallest budget that holds, within a tolerance of one that does not, assuming that more bits never hurt.
+    """Finds the smallest budget that keeps to the limits, within a tolerance of one that does not. Assumes that more
+    bits never hurt.
 
     Args:
-        low, high: the least and the largest budget.
-        tolerance: how near the two are to be, in bits.
-        first: where the limit is expected; `None` where nothing is known.
-        predictable: later trials will say how far off they were.
+        low, high: the smallest and the largest budget.
+        tolerance: the largest distance between the two, in bits.
+        first: where the limit is expected; `None` if unknown.
+        predictable: whether trials will tell how far they are from the limit.
 
     Examples:
         >>> budgets, tried = Budgets(2, 8, 0.1, first=4.4), []
@@ -40,11 +41,11 @@ class Budgets:
         self._tried: list[_Tried] = []
         self._expected = first if first is not None else (low + high) / 2 if predictable else None
         self._misses = 0
-        self._hopes: bool | None = None  # that the last budget proposed holds, or breaks; or none
+        self._hopes: bool | None = None  # whether the last proposed budget was expected to pass; or none
 
     @property
     def lowest_ok(self) -> float | None:
-        """The smallest budget that held."""
+        """The smallest budget that kept to the limits."""
         return min((tried.bits for tried in self._tried if tried.ok), default=None)
 
     @property
@@ -59,11 +60,11 @@ class Budgets:
         return 2 + halvings + (0 if self._expected is None else PREDICTED)
 
     def tell(self, bits: float, ok: bool, needs: float | None = None) -> None:
-        """What came of a budget.
+        """Records the outcome of a budget.
 
         Args:
             ok: whether it kept to the limits.
-            needs: how many more bits the limits ask for, below 0 for fewer; `None` if that is unknown.
+            needs: how many more bits the limits require, negative for fewer; `None` if unknown.
         """
         consistent = needs is not None and math.isfinite(needs) and (needs <= 0) == ok
         self._tried.append(_Tried(bits, ok, needs if consistent else None))
@@ -72,7 +73,7 @@ class Budgets:
             self._expected = self._crossing()
 
     def next(self) -> float | None:
-        """The next budget; `None` when nothing is left to find out."""
+        """The next budget to try; `None` when the search is done."""
         ok, violating = self.lowest_ok, self.highest_violating
         if ok is not None and (ok <= self.low or (violating is not None and self._is_near(ok - violating))):
             return None
@@ -90,10 +91,8 @@ class Budgets:
         return wanted if low < wanted < high else (low + high) / 2
 
     def _wanted(self, expected: float, low: float, high: float) -> tuple[float, bool]:
-        """A budget on one side of the expected limit, and whether it is the one where it should hold.
-
-        Of one that holds just above the limit it is left to show that fewer bits do not, and the other way around. The
-        steps grow with each prediction that was wrong.
+        """A budget on one side of the expected limit, and whether it should keep to it. Once one just above the limit
+        is known to, one just below must be shown not to, and vice versa. Steps grow with each wrong prediction.
         """
         step = self._tolerance * 2**self._misses
         if self.lowest_ok is not None and high - expected <= step:
@@ -106,7 +105,7 @@ class Budgets:
         return bits <= self._tolerance * (1 + 1e-9)
 
     def _crossing(self) -> float | None:
-        """Where nothing would be missing, from the two trials nearest to that, or from one."""
+        """Where `needs` would be zero, from the two trials nearest to that, or from one."""
         known = sorted((tried for tried in self._tried if tried.needs is not None), key=lambda t: abs(t.needs or 0))
         if not known:
             return None
@@ -115,6 +114,6 @@ class Budgets:
         if len(known) > 1:
             other = known[1]
             rate = ((other.needs or 0) - (nearest.needs or 0)) / (other.bits - nearest.bits)
-            if -4 < rate < -0.25:  # a bit more is a bit less that is needed, roughly
+            if -4 < rate < -0.25:  # one bit more lowers the need by about one bit
                 expected = nearest.bits - (nearest.needs or 0) / rate
         return min(max(expected, self.low), self.high)

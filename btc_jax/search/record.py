@@ -1,4 +1,4 @@
-"""What a search found, and the same in words, with what to do next."""
+"""The result of a search, also in words, with what to do next."""
 
 import dataclasses
 import enum
@@ -17,25 +17,25 @@ class SearchStatus(enum.StrEnum):
     """How a search ended."""
 
     COMPLETE = "complete"
-    """Every block size held; or the fewest bits did."""
+    """Every block size kept to the limits, or the smallest budget did."""
     STOPPED = "stopped"
-    """A block size, or a number of bits, broke a limit; the best one found held."""
+    """A block size or a budget exceeded a limit; the best one found keeps to all of them."""
     NONE_WITHIN_LIMITS = "none within limits"
-    """The smallest blocks, or the most bits, already broke a limit."""
+    """Even the smallest blocks, or the largest budget, exceeded a limit."""
     EVALUATE_FAILED = "evaluate failed"
-    """The evaluate function raised, or returned what cannot be."""
+    """The evaluate function raised, or returned an impossible value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult(Drawn):
-    """What a search found. `print` shows it as a table of its trials.
+    """The result of a search. `print` shows it as a table of its trials.
 
     Attributes:
         status: how it ended.
         message: the same in words, with what to do next.
-        best: the last trial that held: the largest blocks, or the fewest bits; or `None`.
+        best: the best trial within the limits, with the largest blocks or the fewest bits; or `None`.
         tree: the packed tree of `best`, or `None`.
-        trials: all trials, in the order made.
+        trials: all trials, in the order they were made.
         accuracy: the float tree's accuracy, or `None`.
     """
 
@@ -55,7 +55,8 @@ class SearchResult(Drawn):
         return fields | {"trials": [trial.to_json() for trial in self.trials]}
 
     def table(self, title: str = "Search (bits per weight)") -> Table:
-        """A row for each trial, and the message as caption. Budgets and divergences are shown where there are any."""
+        """A row for each trial, with the message as caption. Columns of budgets and divergences appear if there are
+        any."""
         rows = [_cells(trial, trial is self.best) for trial in self.trials]
         columns = [name for name in _COLUMNS if name not in _OPTIONAL or any(row[name] for row in rows)]
         table = new_table(title, columns)
@@ -145,7 +146,7 @@ def message_of(status: SearchStatus, best: Trial | None, trials: Sequence[Trial]
 
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """How one kind of search speaks."""
+    """The wording of one kind of search."""
 
     first: str
     last: str
@@ -175,7 +176,7 @@ def _found(best: Trial) -> str:
 
 
 def _nearest_broken(trials: Sequence[Trial]) -> Trial:
-    """The broken trial next to those that held: the last of block sizes, that of most bits."""
+    """The violating trial nearest to those within the limits: the last block size, or the largest budget."""
     return max((trial for trial in reversed(trials) if trial.violation), key=lambda trial: trial.bits or 0)
 
 

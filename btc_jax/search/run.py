@@ -1,5 +1,5 @@
-"""The paper's search (section 3.1): larger and larger blocks, until the error or the accuracy breaks its limit. And its
-like for codecs that take any number of bits: fewer and fewer, as the figures of those tried suggest.
+"""The paper's search (section 3.1), for larger and larger blocks until the error or the accuracy exceeds its limit; and
+its counterpart for rate-controlled codecs, for fewer and fewer bits.
 """
 
 import dataclasses
@@ -39,42 +39,43 @@ def btc_search(
     taps: bool = True,
     progress: bool = True,
 ) -> SearchResult:
-    """Finds the smallest tree that keeps to limits of error, of accuracy, and of how far the answers move.
+    """Find the smallest tree that keeps to limits on error, accuracy, and the change of the answers.
 
-    Without `bits` it tries block sizes from small to large, and stops at the first that breaks a limit, as the paper
+    Without `bits`, it tries block sizes from small to large and stops at the first that exceeds a limit, as the paper
     does: larger blocks have fewer headers, and so fewer bits, but a coarser grid. The default limits are the paper's.
 
-    With `bits=(3, 6)` it looks for the smallest budget of effective bits in that range that keeps to the limits, and
-    shares out each budget as `btc_quantize(params, bits=...)` does. What is known of a budget tells where to look next:
-    a bit more halves the error and the share of answers that change, and divides the divergence by four. With
-    sensitivities, the divergence is predicted before the first answer is asked for. Limits of accuracy alone predict
-    nothing: then the range is halved. Each budget is tried once.
+    With `bits=(3, 6)`, it finds the smallest budget of effective bits in that range that keeps to the limits, and
+    allocates each budget as `btc_quantize(params, bits=...)` does. Each trial predicts where to look next: one more bit
+    halves the error and the share of answers that change, and divides the divergence by four. With sensitivities, the
+    divergence is predicted before the model is evaluated. A limit on the accuracy alone predicts nothing; the range is
+    then bisected. Each budget is tried once.
 
     Args:
         params: the float tree.
         evaluate: `evaluate(tree)` returns an accuracy from 0 to 1, or an `Evaluation`, from `btc_evaluate`; called with
-            `params` first, then with each packed tree. Without it only the error is looked at.
-        codec, policy: as for `btc_quantize`; the block size of the default codec is searched. Rules keep theirs. With
-            `bits` the default is `Multilevel()`, and the codec stays as it is.
-        block_sizes: the sizes to try; they are put in increasing order.
-        bits: the least and the largest budget, effective bits over the packed leaves.
-        tolerance: how near the budget found is to one that breaks a limit, in bits.
+            `params` first, then with each packed tree. Without it, only the error is checked.
+        codec, policy: as for `btc_quantize`; the block size of the default codec is searched, and rules keep theirs.
+            With `bits`, the default is `Multilevel()`, and its block size is kept.
+        block_sizes: the sizes to try, in increasing order whatever the order given.
+        bits: the smallest and the largest budget, in effective bits over the packed leaves.
+        tolerance: how near the budget found must be to one that exceeds a limit, in bits.
         max_rmse: largest root mean squared error over all quantized weights, in their units; `None` for no limit.
             `"auto"` is the paper's 3e-3 for block sizes, and no limit for bits.
         max_drop: largest loss of accuracy in points (hundredths); `None` for no limit.
         max_kl: largest divergence of the answers from those of the float tree, in nats, as in `Evaluation.kl`; `None`
-            for no limit. It sees much smaller differences than the accuracy does.
-        min_agreement: least share of answers that are those of the float tree, 0 to 1; `None` for no limit.
+            for no limit. It detects much smaller differences than the accuracy does.
+        min_agreement: smallest share of answers equal to those of the float tree, 0 to 1; `None` for no limit.
         sensitivity, taps: as for `btc_quantize`, where bits are searched.
         progress: show a bar on a terminal.
 
     Returns:
-        A record with the best configuration that held, its tree, and all trials. An evaluate function that fails ends
-        the search, and its error is in the record; the trials made are kept.
+        A record of the best configuration within the limits, its tree, and all trials. If `evaluate` fails, the search
+        ends, its error is in the record, and the trials made so far are kept.
 
     Raises:
-        ValueError: a limit cannot be, or is about what `evaluate` does not return; there is no block size; the range of
-            bits is no range or cannot be reached; nothing limits the bits; and what `btc_quantize` raises.
+        ValueError: if a limit is impossible, or on something that `evaluate` does not return; if there is no block
+            size; if the range of bits is not a range or unattainable; if nothing limits the bits; or as for
+            `btc_quantize`.
 
     Examples:
         >>> import jax, btc_jax
@@ -162,7 +163,7 @@ def _fewer_bits(
 
 
 def _predicted(judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float]) -> float | None:
-    """The budget at which the divergence is at its limit, as far as measured sensitivities tell; see `sensitivity`."""
+    """The budget at which measured sensitivities predict the divergence to reach its limit; see `sensitivity`."""
     known, limit = sharing.sensitivity, judge.limits.max_kl
     if isinstance(known, str) or not limit:
         return None
@@ -197,7 +198,7 @@ def _refuse_unlimited(limits: Limits, evaluate: Evaluate | None) -> None:
 
 
 def _policies(policy: Policy, block_sizes: Iterable[int]) -> list[Policy]:
-    """The policy with each block size once, in increasing order. A bad size is refused by the codec, here."""
+    """The policy with each block size once, in increasing order. The codec refuses a bad size here."""
     codecs = [dataclasses.replace(policy.codec, block_size=size) for size in block_sizes]  # pyright: ignore
     by_size = {codec.block_size: dataclasses.replace(policy, codec=codec) for codec in codecs}
     if not by_size:

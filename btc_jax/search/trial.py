@@ -1,4 +1,4 @@
-"""One configuration tried: packed, measured, evaluated, and held against the limits."""
+"""One trial: a configuration is packed, measured, evaluated, and compared with the limits."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ from btc_jax.policy import Policy
 from btc_jax.tree import quantized
 
 Evaluate = Callable[[PyTree], Any]
-"""`evaluate(tree)`, of a dense tree as of a packed one: an accuracy from 0 to 1, or an `Evaluation`."""
+"""`evaluate(tree)` of a dense or packed tree returns an accuracy from 0 to 1, or an `Evaluation`."""
 
 _ROUNDING = 1e-6
-"""A divergence of nothing may come out as much below zero, in float32."""
+"""A divergence of zero may come out this far below zero in float32."""
 _REMEDY = "return btc_evaluate(apply, tree, inputs, reference=btc_logits(apply, params, inputs))"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One configuration that was tried.
+    """A configuration that was tried.
 
     Attributes:
         codec: the default codec of the policy, with this trial's block size.
@@ -35,7 +35,7 @@ class Trial:
         drop: points (hundredths) of accuracy lost against the float tree; `None` without accuracy.
         seconds: time for packing, measuring and evaluating.
         violation: the limit it breaks, in words; empty if it is within all limits.
-        bits: the budget of effective bits that was given, where bits are searched.
+        bits: the budget of effective bits, if bits are searched.
         kl: divergence of the answers from those of the float tree, in nats; `None` if `evaluate` returned none.
         agreement: share of answers that are the same, 0 to 1; `None` likewise.
     """
@@ -66,7 +66,7 @@ class Trial:
 
 
 class Answers(NamedTuple):
-    """What `evaluate` says of a tree, as far as it does."""
+    """What `evaluate` returned for a tree, as far as it goes."""
 
     accuracy: float | None = None
     kl: float | None = None
@@ -75,7 +75,7 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a configuration must keep to; `None` is no limit."""
+    """Limits that a configuration must keep to; `None` means no limit."""
 
     max_rmse: float | None
     max_drop: float | None
@@ -92,17 +92,17 @@ class Limits:
 
     @property
     def predictable(self) -> bool:
-        """Whether trials say how many bits they are from a limit."""
+        """Whether trials tell how many bits they are from a limit."""
         return any(limit is not None for limit in (self.max_rmse, self.max_kl, self.min_agreement))
 
     def refuse_without_answers(self, answers: Answers) -> None:
-        """Raises if what `evaluate` returns lacks what a limit is about."""
+        """Raise if `evaluate` does not return what a limit needs."""
         for limit, name in (("max_kl", "kl"), ("min_agreement", "agreement")):
             if getattr(self, limit) is not None and getattr(answers, name) is None:
                 raise ValueError(f"{limit} is {getattr(self, limit)}, and evaluate returns no {name}; {_REMEDY}")
 
     def broken(self, rmse: float, drop: float | None, answers: Answers) -> str:
-        """The limit that is broken, in words, or an empty string."""
+        """The limit that is exceeded, in words, or an empty string."""
         if self.max_rmse is not None and rmse > self.max_rmse:
             return f"rmse {_beyond(rmse, self.max_rmse, '.3g')}"
         if self.max_drop is not None and drop is not None and drop > self.max_drop:
@@ -114,9 +114,8 @@ class Limits:
         return ""
 
     def needed_bits(self, rmse: float, answers: Answers) -> float | None:
-        """How many more bits would just do, by what a bit is worth; `None` if no figure tells.
-
-        A bit halves the error, and so the share of answers that change, roughly; the divergence is quadratic in it.
+        """How many more bits would just suffice; `None` if unknown. One bit roughly halves the error, and with it the
+        share of answers that change; the divergence is quadratic in the error.
         """
         changed = None if answers.agreement is None else 1 - answers.agreement
         allowed = None if self.min_agreement is None else 1 - self.min_agreement
@@ -133,7 +132,7 @@ class Outcome:
 
     Attributes:
         failure: what went wrong in evaluating it, or an empty string.
-        needs: how many more bits the limits ask for; `None` if that is unknown.
+        needs: how many more bits the limits require; `None` if unknown.
     """
 
     trial: Trial
@@ -144,7 +143,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """Tries configurations on one float tree, of which `baseline` is the accuracy."""
+    """Tries configurations on one float tree, whose accuracy is `baseline`."""
 
     params: PyTree
     limits: Limits
@@ -156,7 +155,7 @@ class Judge:
         assert policy.codec, "one_policy comes first"
         tree, metrics = self.packed(policy, sharing)
         answers, failure = answers_of(self.evaluate, tree)
-        # Rounded, or 0.92 - 0.90 were more than 2 points.
+        # Rounded: in floating point, 0.92 - 0.90 exceeds 2 points.
         known = answers.accuracy is not None and self.baseline is not None
         drop = round(100 * (self.baseline - answers.accuracy), 9) if known else None  # pyright: ignore
         rmse = metrics.total.rmse
@@ -182,7 +181,7 @@ class Judge:
 
 
 def answers_of(evaluate: Evaluate | None, tree: PyTree) -> tuple[Answers, str]:
-    """What `evaluate` says, or what went wrong. A failure must not lose the trials made, so it is data here."""
+    """What `evaluate` returned, or what went wrong: a failure is data here, so that the trials made so far are kept."""
     if evaluate is None:
         return Answers(), ""
     try:
@@ -212,6 +211,6 @@ def _number(answer: Any) -> float:
 
 
 def _beyond(value: float, limit: float, form: str) -> str:
-    """`value > limit`, with as many digits as it takes to see it."""
+    """`value > limit`, with enough digits to see it."""
     form = next((f for f in (form, ".6g", ".9g") if float(format(value, f)) > limit), ".17g")
     return f"{value:{form}} > {limit:g}"

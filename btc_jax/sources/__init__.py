@@ -18,18 +18,18 @@ from btc_jax.sources.trees import MsgpackSource, OrbaxSource, orbax_item
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a dense checkpoint of another system. Its leaves are known at once; `Source.read` gives the values of one.
+    """Open a dense checkpoint of another system. Its leaves are known at once; `Source.read` returns the values of one.
 
-    Read are: a safetensors file; a Hugging Face folder of them, or its `*.safetensors.index.json`; the `.npz` of
+    Supported are a safetensors file; a Hugging Face folder of them, or its `*.safetensors.index.json`; the `.npz` of
     `numpy.savez`, never with pickles; the item or step folder of an Orbax checkpoint (needs the extra `orbax`).
     A Flax msgpack file is read too, but only as a whole: it takes its own size in memory until it is closed.
     Leaves that are not arrays of numbers that numpy can hold are read as their bytes: see `SourceLeaf.origin`.
 
     Raises:
-        FileNotFoundError: the path, or a shard that its index names, does not exist.
-        ValueError: it is not of a kind that is read (the message names the kind, if it is known, and the way from it to
-            one that is), it is truncated, damaged or ambiguous, or it holds Python objects.
-        ImportError: an Orbax checkpoint, and the extra is not installed.
+        FileNotFoundError: if the path, or a shard that its index names, does not exist.
+        ValueError: if its kind is not supported (the message names the kind, if known, and how to convert it), or if it
+            is truncated, damaged or ambiguous, or holds Python objects.
+        ImportError: if it is an Orbax checkpoint, and the extra is not installed.
 
     Examples:
         >>> import numpy as np, tempfile
@@ -64,7 +64,7 @@ _READERS: dict[str, Callable[[Path], Source]] = {
 
 
 def _suffix_by_content(file: Path) -> str:
-    """The suffix that the file should have, if its content leaves no doubt."""
+    """The suffix that the content of the file implies, if that is certain."""
     with file.open("rb") as stream:
         start = stream.read(9)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
@@ -73,7 +73,7 @@ def _suffix_by_content(file: Path) -> str:
 
 
 def _suffix_of_msgpack(file: Path) -> str:
-    """A map in msgpack has no more than its first byte to be recognised by."""
+    """A msgpack map can be recognised only by its first byte."""
     with file.open("rb") as stream:
         start = stream.read(1)
     return ".msgpack" if b"\x80" <= start <= b"\x8f" or start in (b"\xde", b"\xdf") else ""
@@ -94,7 +94,7 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _refuse_folder(folder: Path) -> NoReturn:
-    """Says what in the folder can be opened, or what the folder is."""
+    """Raise an error that says what in the folder can be opened, or what the folder is."""
     inside = sorted({str(path.relative_to(folder)) for path in _readable_inside(folder)})
     if inside:
         listed = ", ".join(inside[:8]) + (", ..." if len(inside) > 8 else "")

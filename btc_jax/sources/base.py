@@ -1,4 +1,4 @@
-"""What every source is, and the checks that all of them share."""
+"""The contract of a source, and the checks that all of them share."""
 
 import abc
 import contextlib
@@ -21,7 +21,8 @@ from btc_jax._typing import PyTree
 from btc_jax.sources.kinds import Foreign
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-"""The floating dtypes that weights have. Leaves of others are scales, or have no room for an error: they stay dense."""
+"""The floating dtypes of weights. Leaves of other dtypes are scales, or too coarse for further error: they stay
+dense."""
 
 DTYPES = {
     **{"F64": jnp.float64, "F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "BOOL": jnp.bool_},
@@ -47,7 +48,7 @@ KINDS = (
 
 
 class Origin(NamedTuple):
-    """What a leaf is that is read as its bytes: the name of its dtype in the source, and its shape there."""
+    """The origin of a leaf that is read as bytes: the name of its dtype in the source, and its shape there."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,7 +102,7 @@ class Source(abc.ABC):
         """The values of one leaf, of the shape and dtype that `leaves` tells; nothing else is kept in memory.
 
         Raises:
-            ValueError: there is no such leaf, its bytes are damaged, or the source is closed.
+            ValueError: if there is no such leaf, its bytes are damaged, or the source is closed.
         """
         if path not in self._by_path:
             near = difflib.get_close_matches(path, self._by_path) or list(self._by_path)[:3]
@@ -120,7 +121,7 @@ class Source(abc.ABC):
         """A short hex string that changes with the name, size or time of any file of the source; no content is read.
 
         Raises:
-            FileNotFoundError: one of the files is gone.
+            FileNotFoundError: if one of the files is gone.
         """
         digest = hashlib.sha256()
         for file in self.files:
@@ -212,7 +213,7 @@ def refuse(file: Path, foreign: Foreign | None) -> None:
     """Says how the weights of a foreign file get into one that is read.
 
     Raises:
-        ValueError: the file is foreign.
+        ValueError: if the file is foreign.
     """
     if foreign:
         raise ValueError(f"{file} is {foreign.name}; {foreign.way.replace('FILE', repr(str(file)))}")

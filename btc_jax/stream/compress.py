@@ -1,4 +1,4 @@
-"""Checkpoint files of other systems into compressed ones, one leaf at a time."""
+"""From checkpoint files of other systems to compressed ones, one leaf at a time."""
 
 import dataclasses
 import math
@@ -33,16 +33,16 @@ OnLeaf = Callable[[str, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedFile:
-    """What `quantize_file` did.
+    """The result of `quantize_file`.
 
     Attributes:
-        leaves, packed: number of leaves, and of those the packed ones.
+        leaves, packed: number of leaves, and of packed leaves.
         resumed: leaves that an earlier, interrupted run had finished.
         bytes_before, bytes_after: bytes of the leaves, and of the written files.
         effective_bits: bits per weight of the packed leaves, everything stored for them counted.
         rmse: root mean squared error over the packed weights, in their units.
-        sqnr_db: signal to quantization noise over the packed leaves, in dB; infinite without error. Leaves that come
-            back exactly do not count.
+        sqnr_db: signal to quantization noise over the packed leaves, in dB; infinite without error. Leaves without
+            error are included.
         seconds: time taken.
     """
 
@@ -67,25 +67,25 @@ def quantize_file(
     on_leaf: OnLeaf | None = None,
     **goal: Unpack[Goal],
 ) -> QuantizedFile:
-    """Compresses a checkpoint file into another, one leaf at a time.
+    """Quantize a checkpoint file into a compressed one, one leaf at a time.
 
-    Paths are kept; a `/` in them becomes a dict in the compressed tree. If it is interrupted, the same call goes on
-    with the leaves that are missing. Where bits are shared out for a target, each leaf is read a few times.
+    Paths are kept; a `/` in them becomes a dict in the compressed tree. If it is interrupted, the same call resumes
+    with the remaining leaves. If bits are allocated for a target, each leaf is read a few times.
 
     Args:
         source: a safetensors file, a folder with a `*.safetensors.index.json`, a `.npz`, a Flax `.msgpack`, or an
             Orbax checkpoint folder; see `btc_jax.sources`.
         target: the file to write.
         codec, policy, bits, rmse, sqnr_db, sensitivity, taps: as for `btc_quantize`.
-        size: bytes of all that is written at most, with dense leaves and the headers of the files.
+        size: bytes of everything that is written, at most, including dense leaves and the headers of the files.
         max_shard_bytes: as for `save`.
         on_leaf: called after each leaf with its path and its bytes in the source.
 
     Raises:
-        ValueError: the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached;
+        ValueError: if the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached;
             before any work, if there are too many leaves for one file, or too many files.
-        BTCPolicyError: a rule fits no leaf, or none is packed.
-        OSError: the target could not be written.
+        BTCPolicyError: if a rule fits no leaf, or none is packed.
+        OSError: if the target could not be written.
     """
     start, target, sharing = perf_counter(), real_path(target), sharing_of(**goal)
     check_target(target, max_shard_bytes)
@@ -130,14 +130,14 @@ def refuse_source(target: Path, files: Sequence[Path]) -> None:
 def _refuse_unreadable(
     target: Path, node: Any, leaves: Sequence[LazyLeaf], decisions: Sequence[Decision], max_shard_bytes: int | None
 ) -> None:
-    """Refuses, before any leaf is read, what could not be read again: as if each leaf took all its bits."""
+    """Refuse, before any leaf is read, what could not be read again, assuming the largest size of each leaf."""
     for form in {form for how in decisions if how.codec is not None for form in how.codec.formats}:
         check_registered(form)
     check_readable(target, node, longest_records(leaves, decisions), max_shard_bytes)
 
 
 def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Recipe | None, on_leaf: OnLeaf | None) -> bool:
-    """Makes sure that a leaf is among the parts, and says whether it already was."""
+    """Ensures that a leaf is among the parts, and returns whether it already was."""
     finished = parts.has(i)
     if not finished:
         parts.put(i, _compress(leaf, choice))

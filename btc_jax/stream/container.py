@@ -1,4 +1,4 @@
-"""How much a file adds to its leaves, known before they are packed."""
+"""How much a file adds to its leaves, as known before they are packed."""
 
 import math
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from btc_jax.sources import Origin
 
 _CHECKSUM = "0" * 8
 _LONGEST = 1.234e-100
-"""No error is longer in the record of a leaf."""
+"""The longest error that the record of a leaf can hold."""
 
 
 def container_nbytes(
     tree: PyTree, leaves: Sequence[Any], decisions: Sequence[Decision], shards_of: Path | None = None
 ) -> int:
-    """Bytes that a checkpoint of these leaves takes next to their tensors, at most.
+    """Bytes that a checkpoint of these leaves needs besides their tensors, at most.
 
     Args:
-        shards_of: the checkpoint that is split into several files with an index, where it is.
+        shards_of: path of the checkpoint, if it is split into several files with an index.
     """
     node, records = describe(tree, [how.path for how in decisions]), longest_records(leaves, decisions)
     if shards_of is None:
@@ -68,5 +68,5 @@ def origin_json(origin: Origin | None) -> dict[str, Any]:
 
 
 def _most_nbytes(form: Format, weights: int) -> int:
-    """Bytes of a packed leaf of which every block has all its bits."""
+    """Bytes of a packed leaf with every block at its widest."""
     return nbytes_of_one_width(form, weights, form.widths[-1])

@@ -1,7 +1,5 @@
-"""Finished leaves of a run beside its target, so that a run that was killed goes on where it was.
-
-Each is in a file like those of a checkpoint in several files, without an index. At the end they are put together into
-the target, and their folder is removed.
+"""Finished leaves of a run, next to its target, so that a killed run can resume. Each is in a file like those of a
+sharded checkpoint, without an index. At the end they are combined into the target, and their folder is removed.
 """
 
 import os
@@ -33,7 +31,7 @@ class Parts:
         return self
 
     def open(self, identity: str) -> None:
-        """Takes up what an earlier run of this identity left, and clears away what others did."""
+        """Adopts what an earlier run of this identity left, and removes what others left."""
         folder = self._target.with_name(f".{self._target.name}.{identity}.parts")
         ours = re.compile(rf"\.{re.escape(self._target.name)}\.[0-9a-f]{{8}}\.parts")
         for other in self._target.parent.iterdir():
@@ -52,17 +50,15 @@ class Parts:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def has(self, i: int) -> bool:
-        """Whether leaf `i` is there, whole."""
+        """Whether leaf `i` is finished and undamaged."""
         try:
             return self._file(i).exists() and verify(self._file(i)).ok
         except (OSError, ValueError):
             return False
 
     def put(self, i: int, leaf: StoredLeaf) -> None:
-        """Adds a finished leaf. The run may be killed from here on.
-
-        It is not flushed to disk, which would take most of the time of small leaves: what is lost when the power fails
-        is not whole, and so is done again.
+        """Adds a finished leaf; from then on, the run may be killed without losing it. It is not flushed to disk, which
+        would take most of the time of small leaves: whatever a power failure damages is detected and redone.
         """
         file = self._file(i)
         unfinished = file.with_suffix(".tmp")
@@ -71,7 +67,7 @@ class Parts:
         os.replace(unfinished, file)
 
     def leaves(self, count: int) -> list[StoredLeaf]:
-        """The finished leaves; their arrays stay in their files until they are asked for."""
+        """The finished leaves; their arrays stay in their files until they are needed."""
         return [_stored(self._file(i)) for i in range(count)]
 
     def _file(self, i: int) -> Path:
@@ -80,7 +76,7 @@ class Parts:
 
 
 class _LazyArrays(Sequence[np.ndarray]):
-    """The tensor of a finished leaf, read when it is asked for, and not kept."""
+    """The tensor of a finished leaf, read on demand and not kept."""
 
     def __init__(self, file: Path, record: LeafRecord):
         self._file, self._record = file, record

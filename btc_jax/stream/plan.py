@@ -1,4 +1,4 @@
-"""What is to be done to the leaves of a source: its policy, its tree of shapes, and the choices for a target."""
+"""What will be done to the leaves of a source: its tree of shapes, and the choices for a target."""
 
 import ctypes
 import os
@@ -35,13 +35,13 @@ def plan_file(
     measure: bool = False,
     **goal: Unpack[Goal],
 ) -> Plan:
-    """What `quantize_file` would do to each leaf. Values are only read for `measure`, which makes the sizes exact.
+    """What `quantize_file` would do to each leaf. Values are read only for `measure`, which makes the sizes exact.
 
     Args: as for `quantize_file` and `btc_plan`.
 
     Raises:
-        ValueError, FileNotFoundError: the source cannot be read, or the target not be reached.
-        BTCPolicyError: a rule fits no leaf.
+        ValueError, FileNotFoundError: if the source cannot be read, or the target is unattainable.
+        BTCPolicyError: if a rule fits no leaf.
     """
     sharing = sharing_of(**goal)
     with open_source(source) as opened:
@@ -74,7 +74,7 @@ def nested(source: Source) -> PyTree:
     """Nested dicts of shapes and dtypes, by the paths of the leaves.
 
     Raises:
-        ValueError: two paths conflict, or the source is a compressed checkpoint.
+        ValueError: if two paths conflict, or the source is a compressed checkpoint.
     """
     if source.compressed:
         raise CompressedSourceError(
@@ -105,7 +105,7 @@ def read_tree(source: PathLike) -> PyTree:
 
 
 class LazyLeaf:
-    """A leaf of an open source: its values are read whenever they are asked for, and not kept."""
+    """A leaf of an open source, whose values are read on demand and not kept."""
 
     def __init__(self, source: Source, path: str, leaf: LeafShape):
         self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
@@ -130,7 +130,7 @@ def choices_of(
     tree: PyTree,
     shards_of: Path | None = None,
 ) -> list[Recipe | None]:
-    """As `choose`; for a target of size the headers of the files count as one more dense leaf."""
+    """Like `choose`; for a target of size, the headers of the files count as one more dense leaf."""
     if sharing.target is None or sharing.target.kind != "size":
         return choose(leaves, decisions, sharing)
     header = SimpleNamespace(nbytes=container_nbytes(tree, leaves, decisions, shards_of))
@@ -139,6 +139,6 @@ def choices_of(
 
 
 def _trim_heap() -> None:
-    """Gives freed memory back to the system: glibc keeps pieces of it, and those of large leaves add up."""
+    """Return freed memory to the system: glibc keeps some of it, which adds up over large leaves."""
     with suppress(OSError, AttributeError):  # only glibc has this
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""A compressed checkpoint back into a plain safetensors file."""
+"""From a compressed checkpoint to a plain safetensors file."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ class DequantizedFile:
     Attributes:
         leaves: number of leaves written.
         nbytes: bytes of the file.
-        changed: leaves that are written as something else than they are, by path, such as `key<fry> as uint32[2]`.
+        changed: leaves that are written as something else, by path, such as `key<fry> as uint32[2]`.
         left_out: leaves that safetensors cannot hold, by path, and what they are.
     """
 
@@ -44,12 +44,12 @@ class DequantizedFile:
 def dequantize_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = None) -> DequantizedFile:
     """Decodes a checkpoint into a plain safetensors file, with the original names and dtypes.
 
-    Typed PRNG keys are written as their uint32 data, numbers of Python as arrays without axes, and arrays of a dtype
-    that safetensors does not have as their bytes, in a last axis. Text is left out. The result says so for each.
+    Typed PRNG keys are written as their uint32 data, Python numbers as arrays without axes, and arrays of a dtype that
+    safetensors lacks as their bytes, along a new last axis. Text is left out. The result lists each of these.
 
     Raises:
-        BTCFormatError: the checkpoint cannot be read, or is damaged.
-        OSError: the target could not be written.
+        BTCFormatError: if the checkpoint cannot be read, or is damaged.
+        OSError: if the target could not be written.
 
     Examples:
         >>> import btc_jax, jax, jax.numpy as jnp, tempfile
@@ -78,8 +78,8 @@ class _Entry(NamedTuple):
 
     Attributes:
         code: the dtype, by its name there.
-        values: reads them.
-        change: what the leaf is and how it is written, if that is not the same.
+        values: a function that reads them.
+        change: what the leaf is and how it is written, if they differ.
     """
 
     code: str
@@ -122,7 +122,7 @@ def _small(record: LeafRecord, leaf: Any) -> _Entry | None:
 
 
 def _from_bytes(record: LeafRecord, read: Callable[[], np.ndarray]) -> _Entry:
-    """A leaf that is stored as its bytes: as it was, if safetensors has its dtype, or else as bytes."""
+    """A leaf that is stored as its bytes: in its own dtype if safetensors has it, otherwise as bytes."""
     match record.details["origin"]:
         case [str(code), [*shape]] if code in PACKED and all(type(n) is int and n >= 0 for n in shape):
             entry = _Entry(code, tuple(shape), read)
@@ -142,7 +142,7 @@ def _change(what: str, dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def _write(target: Path, entries: dict[str, _Entry], on_leaf: OnLeaf | None) -> int:
-    """Writes the file, the widest numbers first, and returns its bytes."""
+    """Writes the file, the widest dtypes first, and returns its size."""
     entries, end, header = dict(sorted(entries.items(), key=lambda item: -item[1].bits)), 0, {}
     for path, entry in entries.items():
         place = [end, end + entry.nbytes]
