@@ -1,4 +1,4 @@
-"""How a packed leaf behaves as a `jax.Array`: all its public attributes, methods and operators by one rule."""
+"""Makes a packed leaf behave as a `jax.Array`: all public attributes, methods and operators by one rule."""
 
 import contextlib
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ _CONCRETE = {"aval", "clone", "tobytes", "tolist", "weak_type", "__dlpack__", "_
 class BehavesAsArray:
     """Base of a class with `dequantize()`: it gets every public attribute and operator of `jax.Array` that it lacks.
 
-    Each is that of the decoded array, except where the array lies, which its own arrays tell.
+    Each is that of the decoded array, except for its placement, which its own arrays tell.
     """
 
     # As jax.Array: numpy arrays and numbers on the left of an operator leave it to the reflected one, also under jit.

@@ -1,10 +1,10 @@
-"""Errors in parts. Their texts are for programmers; a command line says the same parts in its own words."""
+"""Errors in parts. Their messages are for programmers; the command line phrases the same parts in its own words."""
 
 from typing import Any
 
 
 class ArgumentError(ValueError):
-    """An argument has a value that cannot be.
+    """An argument has an invalid value.
 
     Attributes:
         name: the argument, such as `bits`.
@@ -24,7 +24,7 @@ class ArgumentError(ValueError):
 
 
 class ConflictingArgumentsError(ValueError):
-    """Arguments are given that exclude each other.
+    """Mutually exclusive arguments are given.
 
     Attributes:
         given: their values by name.
@@ -56,7 +56,7 @@ class LeafError(ValueError):
 
 
 class Remedied(ValueError):
-    """Something is wrong, and there is something to call that helps.
+    """An error with a known remedy.
 
     Attributes:
         problem: what is wrong.

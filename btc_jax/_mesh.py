@@ -1,7 +1,8 @@
 """Leaves on meshes, encoded on one device.
 
-How bits are shared out, and how many rows a plane has, is read from whole leaves on the host. So a leaf that lies on a
-mesh is gathered to one device, whatever the kind of the mesh's axes, and its packed arrays are put back on the mesh.
+Bit allocation and the numbers of rows of planes are computed from whole leaves, or whole pieces, on the host. So a leaf
+on a mesh that is not cut into its shards is gathered to one device, whatever the kind of the mesh's axes, and its
+packed arrays are put back on the mesh.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ def staging() -> bool:
 
 
 def refuse_staging(path: str) -> None:
-    """Raises where values are to be read on the host, and operations are only recorded."""
+    """Raise if values are to be read on the host while operations are only recorded."""
     if staging():
         raise TypeError(
             f"{path} is read on the host while jax.jit, scan or the like trace a function, even if that closes over "
@@ -35,7 +36,7 @@ def refuse_staging(path: str) -> None:
 
 
 def gathered(leaf: Array) -> Array:
-    """The whole leaf on one device; one that is there, or traced, as it is."""
+    """The whole leaf on one device; unchanged if it is there already, or traced."""
     if isinstance(leaf, Tracer) or isinstance(leaf.sharding, SingleDeviceSharding):
         return leaf
     if len(leaf.devices()) == 1:
@@ -46,7 +47,7 @@ def gathered(leaf: Array) -> Array:
 
 
 def like_leaf(tree: PyTree, leaf: Any) -> PyTree:
-    """Arrays from the host where `leaf` is: whole on each device of its mesh, and bound to a place only if it is."""
+    """Puts arrays from the host where `leaf` is: whole on each device of its mesh, and committed only if it is."""
     if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or not leaf.committed:
         return jax.device_put(tree)
     alone = isinstance(leaf.sharding, SingleDeviceSharding)

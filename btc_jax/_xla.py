@@ -1,4 +1,4 @@
-"""Ways around choices of XLA that cost speed or exactness, mostly on CPU. Each says what it is there for."""
+"""Workarounds for choices of XLA that cost speed or exactness, mostly on CPU. Each says why it exists."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def row_sums(x: Array) -> Array:
     """`x.sum(1)`, the same whatever other rows there are.
 
     XLA:CPU adds term by term, in loops that are not vectorized and wait for each sum: four times the time of a product
-    of matrices. That takes rows in lots of up to 16, and adds those that are left over in another order.
+    of matrices. That takes rows in batches of up to 16, and adds the remaining ones in another order.
     """
     rows, size = x.shape
 
@@ -46,10 +46,10 @@ def row_sums(x: Array) -> Array:
 
 
 def no_fusion(function: Callable[..., Array], *arrays: Any) -> Array:
-    """`function(*arrays)`, compiled apart from what is done with its result.
+    """`function(*arrays)`, not fused with what is done with its result.
 
     XLA:CPU fuses a reshape of the result into the loops of `function`, which then are not vectorized and take twice
-    the time. A branch that it cannot foresee stops that.
+    the time. A branch that it cannot predict prevents that.
     """
 
     def branch(*arrays: Any) -> Array:

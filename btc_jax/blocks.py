@@ -1,13 +1,14 @@
-"""A leaf as blocks of consecutive weights, and back. What "consecutive" means is the order:
+"""A leaf as blocks of consecutive weights, and back. The order, or layout, defines "consecutive":
 
 - `output-major`: last axis first, then the second-last, then the others as they stand. A Flax kernel `(kh, kw, in,
   out)` runs as `(out, in, kh, kw)`, so a block holds weights of one output channel. It is how the paper, in PyTorch's
   layout, flattens; and at equal bits it has 0.5 dB less error than the order in memory.
-- `stored`: as the array lies in memory, row by row. Right for embeddings, where a row belongs together, and for kernels
-  in PyTorch's layout `(out, in, kh, kw)`.
+- `stored`: as the array lies in memory, row by row. Suits embeddings, where a row belongs together, and for kernels in
+  PyTorch's layout `(out, in, kh, kw)`.
 - `output-major-taps` and `stored-taps`: what runs through the blocks is the orthonormal discrete cosine transform over
   the taps (kh, kw) of a convolution, one frequency after the other: `(kh, kw, out, in)`. Trained kernels are smooth, so
-  their energy gathers in few frequencies; errors stay as large as they are. Leaves of one or two axes have no taps.
+  their energy is concentrated in few frequencies; the transform leaves errors as large as they are. Leaves of one or
+  two axes have no taps.
 """
 
 import functools
@@ -23,7 +24,7 @@ from btc_jax._typing import Array, Float, Order
 ORDERS: tuple[Order, ...] = ("output-major", "stored", "output-major-taps", "stored-taps")
 _TAPS = "-taps"
 MAX_TAPS = 256
-"""Taps that are transformed at most: 16 by 16. What is called taps of more is another kind of axis."""
+"""Largest number of taps that is transformed: 16 by 16. Longer axes are not taps."""
 
 
 _LINE = 64
@@ -31,7 +32,7 @@ _LINE = 64
 
 
 def axes(ndim: int, order: Order) -> tuple[int, ...]:
-    """The axes of a leaf in the order in which its weights run.
+    """The axes of a leaf in the order in which its weights run through the blocks.
 
     Examples:
         >>> axes(4, "output-major"), axes(4, "stored")
@@ -45,7 +46,7 @@ def axes(ndim: int, order: Order) -> tuple[int, ...]:
 
 
 def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
-    """Refuses an order that is unknown, or would transform axes that are too long for taps."""
+    """Refuse an order that is unknown, or would transform axes that are too long to be taps."""
     if order not in ORDERS:
         raise ValueError(f"{what}: order is {order!r}; it can be {', '.join(map(repr, ORDERS))}")
     if math.prod(taps := tap_sizes(shape, order)) > MAX_TAPS:
@@ -58,7 +59,7 @@ def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def with_taps(shape: tuple[int, ...], order: Order) -> Order | None:
-    """The order that transforms the taps as well, or `None` where a leaf has none, or it does so already."""
+    """The order that also transforms the taps, or `None` if a leaf has none, or it already does."""
     taps = math.prod(shape[axis] for axis in axes(len(shape), order)[2:])
     fits = 2 <= taps <= MAX_TAPS and not order.endswith(_TAPS)
     return f"{order}{_TAPS}" if fits else None  # pyright: ignore[reportReturnType]
@@ -75,21 +76,21 @@ def tap_sizes(shape: tuple[int, ...], order: Order) -> tuple[int, ...]:
 
 
 def blocks_of(leaf: Float[Array, "..."], block_size: int, order: Order) -> Float[Array, "blocks size"]:
-    """All blocks of a leaf that may be traced, in float32; a short last one is filled up with its last weight."""
+    """All blocks of a leaf that may be traced, in float32; a short last one is padded with its last weight."""
     placed = leaf.transpose(axes(leaf.ndim, order)).astype(jnp.float32)
     flat = transformed(placed, tap_sizes(leaf.shape, order)).reshape(-1)
     return jnp.pad(flat, (0, -flat.size % block_size), mode="edge" if flat.size else "constant").reshape(-1, block_size)
 
 
 def spare_of(size: int, block_size: int) -> np.ndarray:
-    """How many places of each block of a leaf of this size are filled up, `f32[blocks]`: only the last has some."""
+    """How many places of each block of a leaf of this size are padding, `f32[blocks]`: only the last has some."""
     spare = np.zeros(-(-size // block_size), np.float32)
     spare[-1:] = -size % block_size
     return spare
 
 
 def join(blocks: Float[Array, "..."], shape: tuple[int, ...], order: Order) -> Float[Array, "..."]:
-    """The leaf with these blocks, the last one filled up to the full size or not; inverse of `blocks_of`."""
+    """The leaf with these blocks, whether the last one is padded or not; inverse of `blocks_of`."""
     permutation = axes(len(shape), order)
     flat = blocks.reshape(-1)[: math.prod(shape)]
     placed = transformed(flat.reshape([shape[axis] for axis in permutation]), tap_sizes(shape, order), back=True)
@@ -121,7 +122,7 @@ def aligned(size: int, dtype: Any) -> np.ndarray:
 
 
 def contiguous(view: np.ndarray) -> np.ndarray:
-    """The array itself if it lies row by row, else a copy that does."""
+    """The array itself if it is contiguous, otherwise a contiguous copy."""
     if view.flags.c_contiguous:
         return view
     copy = aligned(view.size, view.dtype).reshape(view.shape)

@@ -1,4 +1,4 @@
-"""How each leaf of a tree is packed: its recipe, alone or from a budget that all share, whole or piece by piece."""
+"""How each leaf of a tree is packed: its recipe, alone or from a shared budget, whole or piece by piece."""
 
 import functools
 import math
@@ -16,10 +16,11 @@ from btc_jax.sizes import leaf_nbytes
 
 
 def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharing) -> list[Recipe | None]:
-    """How each leaf is packed; `None` for those that are not. Without a target, adaptive codecs have usual bits.
+    """How each leaf is packed; `None` for those that are not. Without a target, rate-controlled codecs have their
+    default bits.
 
     Args:
-        leaves: arrays, packed leaves, or what `jnp.asarray` reads anew each time it is asked.
+        leaves: arrays, packed leaves, or objects that `jnp.asarray` reads again each time.
     """
     cuts = {how.path: cut_by(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
     for leaf, how in zip(leaves, decisions, strict=True):

@@ -1,4 +1,4 @@
-"""One leaf -> its packed arrays: blocks, codec and planes put together, a tile of blocks at a time.
+"""From one leaf to its packed arrays: combines blocks, codec and planes, a tile of blocks at a time.
 
 Statistics come first, since what the blocks of a leaf have in common depends on all of them; then the codes. How many
 rows a plane has is known only when the widths are. So packing reads numbers on the host in between, and cannot itself
@@ -36,13 +36,13 @@ class Recipe(NamedTuple):
     """How a leaf is packed.
 
     Attributes:
-        codec: what codes its blocks.
+        codec: what encodes its blocks.
         form: one of the formats of the codec.
-        order: how its weights run through the blocks.
-        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of its weights.
+        order: its layout.
+        slope: Lagrange multiplier of a rate-controlled codec, relative to the mean square of its weights.
         rms: the root of that mean square, where it was measured.
         cut: how the leaf is cut into pieces, each packed by itself; `None` for one that is whole. The slope of a piece
-            is over the mean square of its own weights.
+            is relative to the mean square of its own weights.
     """
 
     codec: Codec
@@ -132,7 +132,7 @@ def params_of_leaf(
     recipe: Recipe, leaf: LeafStatistics, blocks: BlockStatistics, leaves: Leaves, slope: Any
 ) -> LeafParams:
     """The leaf parameters on the host, in float32."""
-    with np.errstate(all="ignore"):  # a weight that is not finite makes leaf parameters that are not
+    with np.errstate(all="ignore"):  # a non-finite weight makes non-finite leaf parameters
         leaf_params = recipe.codec.leaf_params(recipe.form, leaf, blocks, leaves, slope)
         return {name: np.asarray(value, np.float32) for name, value in leaf_params.items()}
 
@@ -162,9 +162,9 @@ def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
 
 
 def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:
-    """What `pack` packed, decoded, in one traced call. Its derivative is the identity (straight-through)."""
+    """Fake quantization: `pack` and decode in one traced call. Its derivative is the identity (straight-through)."""
     slope, codec = recipe.slope, recipe.codec
-    if codec.slope is not None:  # so that another is not another program
+    if codec.slope is not None:  # so that a new value does not recompile
         slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
     return _reconstructed(leaf, np.float32(slope), codec, recipe.form, recipe.order, recipe.cut)
 
@@ -214,7 +214,7 @@ def surveyed(blocks: Blocks, recipe: Recipe) -> tuple[LeafParams, LeafStatistics
 
 
 def _rows_kept(form: Format, tile: xla.Encoded) -> xla.Encoded:
-    """A tile with the rows of a plane that blocks are wide enough for."""
+    """A tile with only those rows of a plane whose blocks are wide enough."""
     specs = plane_specs(form.widths)
     rows = [plane[tile.widths >= spec.end] for plane, spec in zip(tile.rows, specs, strict=True)]
     return tile._replace(rows=tuple(rows))

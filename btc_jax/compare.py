@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, compressed or dense, leaf by leaf: one leaf of each in memory at a time."""
+"""Differences between two checkpoints, compressed or dense, leaf by leaf, with one leaf of each in memory at a time."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from btc_jax.sources import Source, open_source
 from btc_jax.tensor import is_packed
 
 _CHUNK = 2**22
-"""Weights that are compared at a time, in float64."""
+"""Weights compared at a time, in float64."""
 
 
 class AnyCheckpoint:
@@ -80,7 +80,7 @@ class Difference:
     Attributes:
         path: the leaf, or `all`.
         equal: it has the same shape, dtype and values in both.
-        note: what else differs: it is in one of them only, its shape, or its dtype.
+        note: what else differs: its shape, its dtype, or that only one of them has it.
         rmse, relative_rmse, sqnr_db, largest_error: as in `Measures`; `None` where there are no numbers to compare.
     """
 
@@ -125,7 +125,7 @@ def dense_nbytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def compare(a: AnyCheckpoint, b: AnyCheckpoint, on_leaf: Callable[[str, int], None] | None = None) -> Comparison:
-    """Compares `b` with `a`, the original.
+    """Compare `b` with `a`, the original.
 
     Args:
         on_leaf: called after each leaf of `a` with its path and its bytes when dense.
@@ -175,7 +175,7 @@ def _difference(path: str, equal: bool, note: str, error: Error, weights: int) -
 
 
 def _error(a: np.ndarray, b: np.ndarray) -> tuple[Error, bool]:
-    """The error of `b`, and whether all values are the same. NaN equals NaN; from a number it is infinitely far."""
+    """The error of `b`, and whether all values are equal. NaN equals NaN, and is infinitely far from any number."""
     total, same = Error(), True
     wide = np.complex128 if "c" in (a.dtype.kind, b.dtype.kind) else np.float64
     for i in range(0, a.size, _CHUNK):

@@ -1,4 +1,4 @@
-"""The packed arrays of a leaf -> its weights. Nothing here knows how they were made."""
+"""From the packed arrays of a leaf to its weights. Nothing here knows how they were encoded."""
 
 import functools
 import math
@@ -34,12 +34,12 @@ def unpack(
     dtype: Any,
     order: Order,
 ) -> Array:
-    """The leaf as its format has it, in `dtype`; all NaN if its seal is broken.
+    """The decoded leaf in `dtype`; all NaN if its seal is broken.
 
     Outside of `jit` and on CPU, tile by tile: the same program decodes leaves of all shapes.
 
     Raises:
-        TypeError: if a plane has other rows than the widths of the blocks ask for.
+        TypeError: if a plane does not have the rows that the widths of the blocks require.
     """
     planes, header, seal = constants((planes, dict(header), seal))
     if all(map(on_cpu, (*planes, *header.values(), seal))) and not staging():
@@ -61,7 +61,7 @@ def unpack_pieces(
 
     Args:
         piece: shape of a piece.
-        kept: of each leading axis of the arrays, whether the leaf is a stack along it.
+        kept: for each leading axis of the arrays, whether the leaf is a stack along it.
     """
     arrays = constants((tuple(planes), dict(header), seal))
     seal = arrays[2]
@@ -77,7 +77,7 @@ def unpack_pieces(
 
 
 def _place(seal: Array, axes: int) -> NamedSharding | None:
-    """Where the decoded leaf of so many axes is to lie: as the seal does, if that is on a mesh."""
+    """The sharding of the decoded leaf: that of the seal, if it is on a mesh."""
     place = seal.sharding
     return NamedSharding(place.mesh, _spec(place, axes)) if isinstance(place, NamedSharding) else None
 
@@ -234,7 +234,7 @@ def wanted_rows(form: Format, widths: np.ndarray) -> list[int]:
 def wrong_rows(planes: Sequence[Any], form: Format, widths: np.ndarray) -> str:
     """What is wrong with the numbers of rows of planes for blocks of these widths, or an empty string.
 
-    A plane may have room for more, zeros, as in a leaf that is packed like another; see `btc_jax.fit`.
+    A plane may have spare rows of zeros, as in a leaf that is packed like another; see `btc_jax.fit`.
     """
     wanted, rows = wanted_rows(form, widths), [len(plane) for plane in planes]
     spare = [0] * (len(wanted) - len(rows))
@@ -252,7 +252,7 @@ def _is_on_one(array: Any) -> bool:
 
 
 def on_cpu(array: Any) -> bool:
-    """Whether numpy can look at an array at no cost. A traced one has no values."""
+    """Whether numpy can read an array at no cost. A traced one has no values."""
     if isinstance(array, Tracer):
         return False
     return isinstance(array, np.ndarray) or all(device.platform == "cpu" for device in array.devices())

@@ -1,4 +1,4 @@
-"""Packed leaves in the shapes of others, so that a function compiled for one tree takes its sisters.
+"""Packed leaves in the shapes of others, so that a function compiled for one tree accepts others of the same model.
 
 Under `jax.jit` the numbers of rows of planes are shapes. A leaf that is packed like another gets as many bits as fit
 into the planes of that one, and rows without a block where there is room left. They are counted in `nbytes`, and are
@@ -29,13 +29,13 @@ from btc_jax.tensor import BTCTensor, is_packed, pieces_in
 from btc_jax.tiles import Blocks, blocks_in
 
 _LOWEST, _HIGHEST = -26.0, 30.0
-"""Powers of two of slopes, the last one worth no bit."""
+"""Range of slopes as powers of two; at the last, no bit is worth its cost."""
 _SAMPLED = 2**14
 """Sampled blocks of a leaf, to find the slope roughly."""
 _WASTE = 0.1
-"""Part of the bytes of a tree that may stay empty."""
+"""Fraction of the bytes of a tree that may stay empty."""
 _MOST = 0.1
-"""The largest room that can be asked for, as a part of the bytes."""
+"""The largest room that can be requested, as a fraction of the bytes."""
 _STEP = 2.0**-6
 """Octaves by which a slope that leaves too many rows is raised."""
 
@@ -44,7 +44,7 @@ def leaves_like(leaves: Iterable[tuple[str, Any]], models: Mapping[str, Any]) ->
     """Each leaf, given with its path, packed as the model of the same path, or left as it is where that is dense.
 
     Raises:
-        ValueError: if a leaf does not fit; or too much of the models would stay empty.
+        ValueError: if a leaf does not fit, or too much of the models would stay empty.
     """
     made: dict[tuple[int, int], BTCTensor] = {}  # one object at two paths stays one
 
@@ -70,7 +70,7 @@ def packed_like(leaf: Any, like: BTCTensor, path: str) -> BTCTensor:
 
     Raises:
         ValueError: if shape or dtype differ, or a packed leaf has another format or order, or more rows.
-        TypeError: if the format is none of the library's.
+        TypeError: if the format is not one of the library's.
     """
     _refuse_spread(leaf if not is_packed(leaf) else leaf.seal, like.seal, path)
     if (np.shape(leaf), np.dtype(leaf.dtype)) != (like.shape, np.dtype(like.dtype)):
@@ -115,7 +115,7 @@ def _pieces_like(leaf: Any, like: BTCTensor, stacks: tuple[int, ...], path: str)
 
 
 def _refuse_waste(leaves: Iterable[BTCTensor]) -> None:
-    """Refuses packed leaves whose planes stay empty for a large part, since they were cut to leaves of another kind."""
+    """Refuse packed leaves whose planes stay largely empty, since they were sized for leaves of another kind."""
     # Planes of pieces are as long as those of the largest one, whatever their own.
     sizes = [(leaf.nbytes, _spare_nbytes(leaf)) for leaf in leaves if leaf.stacks is None]
     whole, spare = sum(nbytes for nbytes, _ in sizes), sum(nbytes for _, nbytes in sizes)

@@ -1,6 +1,6 @@
-"""Whether the arrays of a packed leaf are what was packed, as far as shapes, dtypes and the seal tell.
+"""Whether the arrays of a packed leaf are still what was packed, judged by shapes, dtypes and the seal.
 
-Shapes and dtypes are compared also while a function is traced; values only of arrays that are there.
+Shapes and dtypes are compared even while a function is traced; values only if they are available.
 """
 
 import functools

@@ -4,10 +4,10 @@
     manager.save(step, args=BTCSave(packed))
     packed = manager.restore(step, args=BTCRestore(device=sharding))
 
-Beside other items: `args=ocp.args.Composite(params=BTCSave(packed), data=ocp.args.JsonSave({"epoch": 3}))`.
+Next to other items: `args=ocp.args.Composite(params=BTCSave(packed), data=ocp.args.JsonSave({"epoch": 3}))`.
 
-Orbax writes and reads the arrays inside the leaves, by name. The manifest of format version 1 (docs/format.md) lies
-beside them with its checksums: Orbax itself does not notice flipped bits in stored values.
+Orbax writes and reads the arrays inside the leaves, by name. The manifest of format version 1 (docs/format.md) is
+stored next to them with its checksums: Orbax itself does not notice flipped bits in stored values.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ MANIFEST = "btc_jax.json"
 
 
 class BTCCheckpointHandler(ocp.AsyncCheckpointHandler):
-    """Saves and restores one packed tree. Orbax makes one by itself wherever it meets `BTCSave` or `BTCRestore`.
+    """Saves and restores one packed tree. Orbax creates one by itself for `BTCSave` and `BTCRestore`.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp, tempfile
@@ -112,14 +112,15 @@ class BTCSave(ocp.args.CheckpointArgs):
     """Save a tree of packed and dense leaves.
 
     Attributes:
-        item: any pytree that `btc_jax.save` takes. Each process needs the values of all leaves.
+        item: any pytree that `btc_jax.save` accepts. Leaves that are sharded over several processes are gathered, one
+            at a time.
 
     Raises:
         TypeError, ValueError: (when saved) if a leaf or a key of the tree cannot be stored, as for `btc_jax.save`; the
             message names it.
 
     Warns:
-        BTCTreeWarning: (when saved) if something will come back as something else, as for `btc_jax.save`.
+        BTCTreeWarning: (when saved) if something will be restored as something else, as for `btc_jax.save`.
     """
 
     item: PyTree
@@ -128,7 +129,7 @@ class BTCSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(BTCCheckpointHandler, for_restore=True)
 @dataclasses.dataclass
 class BTCRestore(ocp.args.CheckpointArgs):
-    """Restore what `BTCSave` saved. No template is needed, and containers come back as from `btc_jax.load`.
+    """Restore what `BTCSave` saved. No template is needed, and containers are restored as by `btc_jax.load`.
 
     Attributes:
         device: a device or a sharding for all leaves, or a function of the path that returns one or `None`. A packed
@@ -147,7 +148,8 @@ class BTCRestore(ocp.args.CheckpointArgs):
 
 
 def _stored(tree: PyTree) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays for Orbax by name, without the empty ones, which it does not take; and the signed manifest."""
+    """The arrays for Orbax by name, without empty ones, which it does not accept; and the manifest with its
+    checksum."""
     paths, leaves, _ = flatten(tree)
     node = describe(tree, paths)
     rebuild(node, paths, paths)

@@ -1,4 +1,4 @@
-"""One array -> a packed leaf."""
+"""From one array to a packed leaf."""
 
 import itertools
 import math
@@ -26,15 +26,15 @@ from btc_jax.tensor import BTCTensor, is_packed
 def quantize_leaf(
     leaf: Any, codec: Codec, order: Order = "output-major", path: str = "leaf", slope: float | None = None
 ) -> BTCTensor:
-    """Packs one floating array. One that is sharded is gathered: packed, it lies whole on every device of its mesh.
+    """Pack one floating array. A sharded one is gathered, and its packed arrays are replicated over its mesh.
 
     Args:
         leaf: weights of any shape and floating dtype.
         codec: how the blocks are coded.
-        order: how the weights run through the blocks.
+        order: the layout, in which the weights run through the blocks.
         path: what error messages call the leaf.
-        slope: for an adaptive codec, the squared error that saves a bit, over the mean square of the weights; without
-            it, the one that comes to 4.5 effective bits. A tree is better shared out as a whole, by `btc_quantize`.
+        slope: Lagrange multiplier of a rate-controlled codec, relative to the mean square of the weights; by default
+            the one that gives 4.5 effective bits. For a tree, `btc_quantize` allocates bits better.
 
     Raises:
         ValueError: if weights are NaN, infinite, or too large for the header; or the order is unknown.
@@ -61,7 +61,7 @@ def quantize_leaf(
 
 
 def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error | None]:
-    """A packed array, and the error of its weights, where it is known: see `Packed`."""
+    """A packed array, and the error of its weights if known: see `Packed`."""
     if recipe.cut is not None:
         return packed_pieces(leaf, recipe, recipe.cut, path)
     planes, header, error = pack(leaf, recipe, path)

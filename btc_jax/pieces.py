@@ -22,7 +22,7 @@ from btc_jax.seal import SEAL
 
 Index = tuple[int, ...]
 MAX_PIECES = 2**16
-"""Pieces of a leaf, at most: each is read by itself."""
+"""Largest number of pieces of a leaf: each is read separately."""
 
 
 class Cut(NamedTuple):
@@ -64,10 +64,10 @@ class Cut(NamedTuple):
 
 
 def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...] | None = None) -> Cut | None:
-    """How a leaf is cut: into its shards, along its stacks, and into the pieces asked for. `None` for a whole one.
+    """How a leaf is cut: into its shards, along its stacks, and into the requested pieces. `None` for a whole one.
 
     Raises:
-        ValueError: if a leaf cannot be cut so.
+        ValueError: if a leaf cannot be cut that way.
     """
     shape = tuple(leaf.shape)
     if 0 in shape:
@@ -92,7 +92,8 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
 
 
 def _has_spec(leaf: Any) -> bool:
-    """Whether axes of a mesh are named for a leaf, if only of one device: the names are to fit when it is packed."""
+    """Whether the sharding of a leaf names axes of a mesh, even of a single device: the names must still fit once it is
+    packed."""
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and any(name is not None for name in sharding.spec)
 
@@ -106,7 +107,7 @@ def shard_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def parts_of(leaf: Any, cut: Cut) -> Mapping[Index, Any]:
-    """The pieces that this process has: on their devices if the leaf is sharded, else on the host."""
+    """The pieces that this process has: on their devices if the leaf is sharded, otherwise on the host."""
     shape = tuple(leaf.shape)
     if shard_shape(leaf) == shape:
         whole = leaf if isinstance(leaf, jax.Array) and len(leaf.devices()) == 1 else np.asarray(leaf)
@@ -132,7 +133,7 @@ def _bounds(part: slice, size: int, count: int) -> tuple[int, int]:
 
 
 def is_here(leaf: Any, cut: Cut) -> set[Index] | None:
-    """The places of the pieces that this process has; `None` for a leaf that no process shares with others."""
+    """The places of the pieces that this process has; `None` for a leaf that is not spread over processes."""
     if not is_spread(leaf):
         return None
     shape = tuple(leaf.shape)
@@ -144,7 +145,7 @@ def is_here(leaf: Any, cut: Cut) -> set[Index] | None:
 
 
 class Parts:
-    """The pieces of a leaf, which is read once for those that are asked for in turn, and let go with the last."""
+    """The pieces of a leaf, which is read once for consecutive requests, and released with the last."""
 
     def __init__(self, leaf: Any, cut: Cut):
         self._leaf, self._cut, self._parts = leaf, cut, dict[Index, Any]()
@@ -196,9 +197,9 @@ def padded(
     blocks: int,
     rows: Iterable[Sequence[int]] | None = None,
 ) -> dict[Index, Any]:
-    """Planes, header and seal of each piece, its planes with as many rows as those of the piece that has most.
+    """Planes, header and seal of each piece, with its planes padded to the longest of all pieces.
 
-    What is left over is zeros; planes without rows in any piece are left out.
+    The padding is zeros; planes without rows in any piece are left out.
 
     Args:
         blocks: blocks of a piece.

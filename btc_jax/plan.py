@@ -30,9 +30,9 @@ class PlanRow:
     Attributes:
         path, shape, dtype: the leaf.
         codec: its codec; the format, if it is packed already; or `None` if it stays dense.
-        order: how its weights would run through the blocks.
+        order: its layout.
         reason: why it is packed, or is not.
-        bytes_before: bytes of the leaf as it is; 0 if it is the same array as one before it.
+        bytes_before: bytes of the leaf as it is; 0 if it is the same array as an earlier one.
         bytes_min, bytes_max: bytes after, if all its blocks took the narrowest width, and the widest. Equal for dense
             leaves, for codecs with one width, and where the blocks were measured.
         tied_to: path of the leaf that is the same array and has its bytes, or empty.
@@ -56,8 +56,8 @@ class Plan(Shown):
 
     Attributes:
         rows: the leaves.
-        target: the target that bits are shared out for, or `None`.
-        limit: bytes that the target leaves for the tree; `None` without one, or where that depends on the values.
+        target: the target of the bit allocation, or `None`.
+        limit: bytes that the target allows for the tree; `None` without one, or if that depends on the values.
         bytes_before: bytes of the tree as it is.
         bytes_min, bytes_max: the smallest and the largest result; the target counts.
     """
@@ -123,7 +123,7 @@ class Plan(Shown):
         return table
 
     def _is_known(self, row: PlanRow) -> bool:
-        """Whether the bytes of a leaf do not depend on how a target is shared out."""
+        """Whether the bytes of a leaf do not depend on the allocation of a target."""
         ranges = row.bytes_min < row.bytes_max and isinstance(row.codec, Codec) and row.codec.rate_controlled
         return not (self.note and ranges)
 
@@ -138,19 +138,19 @@ def btc_plan(
 ) -> Plan:
     """Which leaves `btc_quantize` would pack, why not the others, and the bytes of the result.
 
-    Works on the tree that `jax.eval_shape(model.init, ...)` returns: values are not touched, unless `measure` asks for
-    it. Where a codec has several widths, the size of a leaf depends on the values, so the plan gives both ends of its
+    Works on the tree that `jax.eval_shape(model.init, ...)` returns: values are not read, except to measure. Where a
+    codec has several widths, the size of a leaf depends on the values, so the plan gives both ends of its
     range. A target of bits or size bounds the total: `bytes_max` is then what the target allows.
 
     Args:
         params: a pytree of arrays or `jax.ShapeDtypeStruct`.
         codec, policy, bits, size, rmse, sqnr_db, sensitivity, taps: as for `btc_quantize`.
-        measure: read the values, share out the bits, and count the blocks of each width. The sizes are then exact, to
+        measure: read the values, allocate the bits, and count the blocks of each width. The sizes are then exact, to
             the byte.
 
     Raises:
         BTCPolicyError: if a rule fits no leaf.
-        ValueError: if the target cannot be reached, whatever the values.
+        ValueError: if the target is unattainable, whatever the values.
         TypeError: if `measure` is asked of leaves without values.
 
     Examples:
@@ -176,10 +176,10 @@ def btc_plan(
 def plan_of(
     leaves: Sequence[Any], decisions: Sequence[Decision], choices: Sequence[Recipe | None], target: Target | None = None
 ) -> Plan:
-    """A plan from leaves, decisions, and, where the leaves were measured, the final choices.
+    """Build a Plan from leaves, decisions and, if measured, final choices.
 
     Raises:
-        ValueError: if the target cannot be reached, whatever the values.
+        ValueError: if the target is unattainable, whatever the values.
     """
     paths = [how.path for how in decisions]
     first = first_paths(dict(zip(paths, leaves, strict=True)))
@@ -196,7 +196,7 @@ def plan_of(
 
 
 def _limit(target: Target, rows: Sequence[PlanRow], packed: Sequence[PlanRow]) -> int | None:
-    """Bytes of all rows that a target allows; `packed` are those that it is about."""
+    """Bytes of all rows that a target allows; `packed` are those that it constrains."""
     if target.kind == "size":
         return math.floor(target.value)
     if target.kind != "bits":

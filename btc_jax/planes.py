@@ -1,9 +1,9 @@
-"""Codes of blocks of mixed widths <-> packed planes of bits.
+"""Conversion between codes of blocks of mixed widths and packed bit planes.
 
 A plane holds the same few bits, 1, 2, 4 or 8, of the codes of every block that is wide enough: most significant bits in
-the first plane, one row a block, in block order. Where a block's row lies in a plane is its rank among the blocks that
-have one, a prefix sum over the widths; it is never stored. With the paper's widths 4 and 8 the first plane is a plain
-4-bit matrix that every block is in, and the second corrects the wide ones: `q = 16 * first + second`.
+the first plane, one row per block, in block order. The row of a block in a plane is its rank among the blocks that have
+one, a prefix sum over the widths; it is never stored. With the paper's widths 4 and 8, the first plane is a plain 4-bit
+matrix of all blocks, and the second refines the wide ones: `q = 16 * first + second`.
 
 A row is an array of words, uint32 if its bits fill them, else uint16, else uint8. Its `W` words are cut into runs of
 `J = gcd(W, 8)` words. A run holds consecutive codes, and its word `j` holds the run's codes `j, j + J, j + 2 * J, ...`,
@@ -111,7 +111,7 @@ def unpack_rows(
 def pack_planes(
     codes: UInt[Array, "blocks size"], widths: UInt8[Array, " blocks"], specs: Sequence[PlaneSpec]
 ) -> tuple[UInt[Array, "_ _"], ...]:
-    """The rows of all blocks in all planes; those of blocks too narrow for a plane hold nothing of use."""
+    """The rows of all blocks in all planes; those of blocks too narrow for a plane are meaningless."""
     if not specs:
         return ()
     top = specs[-1].end
@@ -124,7 +124,7 @@ def pack_planes(
 
 
 def trimmed(plane: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The rows of the blocks that are in the plane, without those that have room for others: see `fitted`."""
+    """The rows of the blocks that are in the plane, without spare ones: see `fitted`."""
     count = int(np.count_nonzero(present))
     return plane[present] if len(plane) == len(present) != count else plane[:count]
 
@@ -135,7 +135,7 @@ def spare_rows(plane: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 
 def fitted(plane: np.ndarray, present: np.ndarray, rows: int) -> np.ndarray:
-    """A plane of so many rows, at least one for every block in it: what is left over is zeros.
+    """A plane with this many rows, at least one for every block in it; spare rows are zeros.
 
     They come last; but in a plane of as many rows as there are blocks each block has its own.
     """
@@ -145,7 +145,7 @@ def fitted(plane: np.ndarray, present: np.ndarray, rows: int) -> np.ndarray:
 
 
 def expand(plane: UInt[Array, "rows words"], widths: UInt8[Array, " blocks"], end: int) -> UInt[Array, "blocks words"]:
-    """A row for every block; one that has none in the plane gets that of another, or what lies at its place."""
+    """A row for every block; a block without one in the plane gets that of another."""
     if plane.shape[0] == widths.size:
         return plane
     present = widths >= end

@@ -1,6 +1,6 @@
-"""Packed leaves in what others write: `flax.serialization` and `jax.export`.
+"""Support for packed leaves in `flax.serialization` and `jax.export`.
 
-(Orbax's own checkpointers need nothing: they store the arrays of a packed leaf, and give it back into a template.)
+(Orbax's own checkpointers need none: they store the arrays of a packed leaf, and restore it into a template.)
 """
 
 import json
@@ -18,7 +18,7 @@ NAME = "btc_jax.BTCTensor"
 
 
 def register() -> None:
-    """Makes both know `BTCTensor`; importing `btc_jax` does it."""
+    """Register `BTCTensor` with both; importing `btc_jax` does it."""
     serialization.register_serialization_state(BTCTensor, _to_state, _from_state, override=True)
     export.register_pytree_node_serialization(
         BTCTensor, serialized_name=NAME, serialize_auxdata=_to_bytes, deserialize_auxdata=_from_bytes

@@ -1,4 +1,4 @@
-"""Bytes that a packed leaf takes, known from its format, its size, and how many of its blocks have which width."""
+"""Bytes of a packed leaf, from its format, its size, and how many of its blocks have each width."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def nbytes_by_width(form: Format) -> tuple[int, ...]:
 
 
 def padded_nbytes(form: Format, size: int, counts: Sequence[Sequence[int]]) -> int:
-    """Bytes of each of several pieces of `size` weights, with planes as long as those of the one that has most.
+    """Bytes of each of several pieces of `size` weights, with planes padded to the longest.
 
     Args:
         counts: for each piece, how many of its blocks are `form.widths[i]` bits wide.
@@ -53,7 +53,7 @@ def padded_nbytes(form: Format, size: int, counts: Sequence[Sequence[int]]) -> i
 
 
 def leaf_nbytes(leaf: Any) -> int:
-    """Bytes of the array or packed leaf; 0 for what is neither."""
+    """Bytes of an array or packed leaf; 0 for anything else."""
     if hasattr(leaf, "nbytes"):
         return int(leaf.nbytes)
     return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize if isinstance(leaf, jax.ShapeDtypeStruct) else 0

@@ -1,4 +1,4 @@
-"""`BTCTensor`: the pytree node that replaces a leaf, and that models can use as if it were the array."""
+"""`BTCTensor`: the pytree node that replaces a leaf, and that models use as if it were the array."""
 
 import dataclasses
 import functools
@@ -33,27 +33,28 @@ from btc_jax.tables import as_html, comparison_table, shape_cell
 class BTCTensor(BehavesAsArray, AxisMetadata):
     """A packed leaf: the codes of its blocks in bit planes, and a header for each block.
 
-    It decodes itself where an array is asked for: in Linen (which unboxes it), in the layers of NNX (which index it),
-    in functions of `jax.numpy` and `jax.lax`, in operators, and in every method and attribute of `jax.Array`, such as
+    It decodes itself where an array is needed: in Linen (which unboxes it), in the layers of NNX (which index it), in
+    functions of `jax.numpy` and `jax.lax`, in operators, and in every method and attribute of `jax.Array`, such as
     `w.sum(axis=0)` or `w.T`. (`jnp.dot(x, self.w)` on the `nnx.Param` that holds it needs `self.w[...]`.) Its arrays
     are children of the pytree, so it passes through `jax.jit`, `jax.device_put` and the like; everything else is
     static.
 
     Attributes:
-        planes: the packed codes, most significant bits first, as far as blocks have them; see `btc_jax.planes`.
+        planes: the packed codes, most significant bits first, for the blocks that have them; see `btc_jax.planes`.
         header: what each block stores besides its codes, by name; see the format.
         piece: shape of a piece; of the leaf, unless it is cut into pieces: see `btc_jax.pieces`.
         dtype: dtype of the leaf, and of what `dequantize` returns.
-        format: what the arrays mean; nothing of how they were made.
-        order: the order in which the weights run through the blocks; see `btc_jax.blocks`.
+        format: what the arrays mean, not how they were encoded.
+        order: the layout, in which the weights run through the blocks; see `btc_jax.blocks`.
         seal: two numbers that show whether the arrays were changed; see `btc_jax.seal`.
         stacks: of a leaf that is cut into pieces, the axes along which it is a stack, in the order in which they are
             mapped over; `None` for one that is whole.
 
     Raises:
         TypeError: if a `jax.tree` function changed the arrays inside: arithmetic, a cast, or `zeros_like`, as in the
-            `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained. Where a function is
-            traced, values cannot be checked, and a changed leaf decodes to NaN. See `btc_jax.seal` for what shows.
+            `init` of an optimizer. Packed weights can be decoded, moved and saved, but not trained. While a function is
+            traced, values cannot be checked, and a changed leaf decodes to NaN. For what is detected, see
+            `btc_jax.seal`.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp
@@ -100,7 +101,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     @property
     def kept(self) -> tuple[bool, ...]:
-        """Of each axis that is left of a leaf of pieces, whether it is one of its stacks; empty for a whole leaf.
+        """For each remaining axis of a leaf of pieces, whether it is one of its stacks; empty for a whole leaf.
 
         `jax.vmap` and `lax.scan` slice stacks, and take their axes away.
         """
@@ -120,7 +121,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
     @property
     def num_blocks(self) -> int:
-        """Number of blocks, the short last one of each piece included."""
+        """Number of blocks, including the short last one of each piece."""
         return math.prod(self.pieces) * -(-math.prod(self.piece) // self.format.block_size)
 
     @property
@@ -194,7 +195,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         }
         return as_html(comparison_table([row], "Packed leaf"))
 
-    # Flax Linen unboxes every parameter that is an AxisMetadata, before it looks at its shape.
+    # Flax Linen unboxes every parameter that is an AxisMetadata before it checks its shape.
 
     def unbox(self) -> Array:
         return self.dequantize()
@@ -210,7 +211,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
     def block_until_ready(self) -> "BTCTensor":
         return jax.block_until_ready(self)
 
-    # What a shape answers is not decoded.
+    # What the shape alone answers needs no decoding.
 
     def __len__(self) -> int:
         if not self.shape:
@@ -226,7 +227,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
         return iter(self.dequantize())
 
     def __getitem__(self, index: Any) -> Array:
-        """As of the decoded array; of a stack of pieces, only the piece asked for is decoded."""
+        """As for the decoded array; of a stack of pieces, only the requested piece is decoded."""
         if self.kept[:1] == (True,) and not self.stack and is_one_place(index):
             place = range(self.shape[0])[index] if isinstance(index, int | np.integer) else index
             return jax.tree.map(lambda array: array[place], self).dequantize()
@@ -243,7 +244,7 @@ class BTCTensor(BehavesAsArray, AxisMetadata):
 
 
 def is_one_place(index: Any) -> bool:
-    """Whether an index picks one of an axis."""
+    """Whether an index selects a single element of an axis."""
     if isinstance(index, bool | np.bool_):
         return False
     return isinstance(index, int | np.integer) or (

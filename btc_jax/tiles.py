@@ -1,7 +1,7 @@
-"""The blocks of a leaf, tile by tile: where they lie, and programs run over them.
+"""The blocks of a leaf, tile by tile: where they are, and how programs run over them.
 
-On CPU numpy cuts a leaf into blocks, which compiles nothing for its shape. On an accelerator large leaves stay where
-they are; of small ones, which numpy cuts as well, only the tiles go there.
+On CPU, numpy cuts a leaf into blocks, so that nothing is compiled for its shape. On an accelerator, large leaves stay
+there; small ones are also cut by numpy, and only their tiles go there.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _AHEAD = 1 + (os.cpu_count() or 1)
-"""Tiles that are worked on at once."""
+"""Tiles in flight at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Blocks:
     Attributes:
         flat: the numbers that run through them: on the host in any floating dtype, on an accelerator in float32. The
             last block may be short.
-        spare: how many places of each block are filled up with its last weight, `f32[blocks]`.
+        spare: how many places of each block are padding, with its last weight, `f32[blocks]`.
         block_size: weights per block.
         device: where programs run; `None` for JAX's default.
     """
@@ -71,7 +71,7 @@ def blocks_in(leaf: Any, block_size: int, order: Order) -> Blocks:
         (device,) = leaf.devices()
     if device and is_large(leaf.size, device.platform):
         flat = _flattened(leaf, order)
-    else:  # any device of the kind will do, and programs are compiled for one
+    else:  # programs are compiled for one device of the kind, so use that
         flat, device = flattened(np.asarray(leaf), order), device and jax.local_devices(backend=device.platform)[0]
     return Blocks(flat, spare_of(flat.size, block_size), block_size, device)
 
@@ -85,13 +85,14 @@ def _flattened(leaf: Array, order: Order) -> Array:
 def results(
     program: Callable[..., T], blocks: Blocks, *numbers: Any, finish: Callable[[T], T] = lambda tile: tile
 ) -> list[T]:
-    """What a program makes of each tile: arrays over its blocks, on the host. At least one, for a leaf of size 0.
+    """The results of a program for each tile, as arrays over its blocks on the host; at least one, for a leaf of size
+    0.
 
     Args:
         program: called with the tile, `f32[rows, block_size]`, its spare places, `f32[rows]`, the numbers of its rows,
             and the count of rows that matter.
         numbers: trees of numbers for all blocks, or of arrays with one for each.
-        finish: what is to be made of each result, before the next are there.
+        finish: applied to each result while the next are computed.
     """
     rows = tile_rows(blocks.block_size, is_large(blocks.size, blocks.platform))
 
@@ -110,8 +111,8 @@ def results(
 def overlapped(start: Callable[[int], S], finish: Callable[[int, S], T], numbers: Sequence[int]) -> list[T]:
     """`finish(n, start(n))` for each number, where the next few are started before one is finished.
 
-    A program is started and goes on in another thread, one on each core, while numpy works on what others have made.
-    (Threads of our own were slower: numpy's small steps wait for each other.)
+    A started program runs in another thread, one per core, while numpy works on finished results. (Threads of our own
+    were slower: numpy's small steps wait for each other.)
     """
     waiting, done = deque[tuple[int, S]](), []
     for number in numbers:
@@ -127,7 +128,7 @@ def _for_rows(numbers: Any, start: int, rows: int) -> np.ndarray:
 
 
 def _tile(blocks: Blocks, start: int, rows: int) -> Any:
-    """Blocks in float32; a short last one, and rows that are none, are filled up with the last weight."""
+    """Blocks in float32; a short last one, and missing rows, are padded with the last weight."""
     part = blocks.flat[start * blocks.block_size : (start + rows) * blocks.block_size]
     if isinstance(part, jax.Array):
         return jnp.pad(part, (0, rows * blocks.block_size - part.size), mode="edge").reshape(rows, -1)
@@ -140,7 +141,7 @@ def _tile(blocks: Blocks, start: int, rows: int) -> Any:
 
 
 def filled_up(array: np.ndarray, rows: int) -> np.ndarray:
-    """With zeros, up to so many rows."""
+    """Pads with zeros to this many rows."""
     if len(array) == rows:
         return array
     full = np.zeros((rows, *array.shape[1:]), array.dtype)

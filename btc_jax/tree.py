@@ -1,4 +1,4 @@
-"""Quantize, decode, and do both in one traced call, for whole trees of parameters."""
+"""Quantize, dequantize and fake-quantize whole parameter trees."""
 
 import dataclasses
 import re
@@ -41,29 +41,30 @@ def btc_quantize(
     progress: bool = False,
     **goal: Unpack[Goal],
 ) -> PyTree:
-    """Packs the weights of a model: the same tree, with a `BTCTensor` for each leaf that the policy packs.
+    """Pack the weights of a model: return the same tree with a `BTCTensor` for each leaf that the policy selects.
 
     Linen `params` and whole variables dicts, NNX states, nested dicts, lists, tuples and dataclasses all work.
     Unmodified models run on the result: `model.apply({"params": q}, x)`, `nnx.merge(graphdef, q)(x)`. Leaves that are
-    packed already pass through untouched, and so do optimizer states and moving averages, as in a whole `TrainState`.
-    One array at two paths (tied weights) is packed once, and the packed leaf is one object at both.
+    already packed pass through untouched, and so do optimizer states and moving averages, as in a whole `TrainState`.
+    An array at two paths (tied weights) is packed once, and the packed leaf is one object at both.
 
-    With a target the bits are shared out over the whole tree: for `bits` and `size` so that the answers of the model
-    move least, as far as the shapes of the leaves tell, or the sensitivities that `btc_sensitivity` measured. Without
-    one, codecs that adapt to a target come to a usual one: `Multilevel` to 4.5 bits, `Uniform(threshold="auto")` to 5.5
-    with blocks of 64.
+    With a target, bits are allocated over the whole tree: for `bits` and `size` so that the answers of the model move
+    least, as estimated from the shapes of the leaves or from the sensitivities that `btc_sensitivity` measured. Without
+    one, rate-controlled codecs have a default: 4.5 bits for `Multilevel`, and 5.5 for `Uniform(threshold="auto")` with
+    blocks of 64.
 
     Args:
         params: a pytree of jax or numpy arrays.
         codec: the codec of leaves packed by default; short for `policy=Policy(codec)`.
-        policy: which leaves are packed, and how. Where neither names a codec, it is `Multilevel()` with a target, and
+        policy: which leaves are packed, and how. If neither names a codec, it is `Multilevel()` with a target, and
             `Uniform()` without.
-        like: a packed tree of the same model, in place of all that says how: each leaf is packed as there, with as many
-            bits as fit into its arrays. So both have equal shapes, and a function compiled for one takes the other.
-        room: spare rows in the arrays of each leaf, at most this part of its bytes, so that others can be packed like
-            it: 0.01 will do for checkpoints of one model. They count as bytes in memory, beyond the target, and are not
-            saved.
-        progress: show a bar on a terminal, a step a leaf.
+        like: a packed tree of the same model, instead of a codec, policy or target: each leaf is packed as it is there,
+            with as many bits as fit into its arrays. Both then have equal shapes, and a function compiled for one
+            accepts the other.
+        room: spare rows in the arrays of each leaf, at most this fraction of its bytes, so that others can be packed
+            like it: 0.01 suffices for checkpoints of one model. They count as bytes in memory, beyond the target, and
+            are not saved.
+        progress: show a bar on a terminal, with a step for each leaf.
         bits: effective bits per weight over the leaves that are packed, at most; everything stored counts.
         size: bytes of the whole tree at most, dense leaves included: a number, or `"25MB"`. A file adds its header.
         rmse: root mean squared error over the packed weights at most, in their units, before they are rounded to the
@@ -72,17 +73,18 @@ def btc_quantize(
         sensitivity: for `bits` and `size`, how much errors of each leaf move the answers: a tree like `params` of one
             number for each leaf, from `btc_sensitivity`; `"shape"`, the default, estimates it from shapes and scales;
             `"equal"` gives the least error of the weights, whatever the answers.
-        taps: convolution kernels may be transformed over their taps, where that pays; the default.
+        taps: whether convolution kernels may be transformed over their taps where that lowers the cost; the default.
 
     Returns:
-        The packed tree. `btc_plan` and `btc_metrics` say what became of each leaf.
+        The packed tree. `btc_plan` and `btc_metrics` show what became of each leaf.
 
     Raises:
-        ValueError: if a leaf, named by its path, holds NaN, infinity, or weights too large for the header; the tree is
-            empty; the target cannot be reached, and the message says what can; the sensitivities are of another tree;
-            or a leaf does not fit that of `like`.
+        ValueError: if a leaf, named by its path, holds NaN, infinity, or weights too large for the header; if the tree
+            is empty; if the target is unattainable (the message gives the attainable range); if the sensitivities are
+            of another tree; or if a leaf does not fit that of `like`.
         BTCPolicyError: if a rule fits no leaf, or no leaf is packed.
-        TypeError: if under `jax.jit` (the widths of the blocks are read on the host), or on leaves without values.
+        TypeError: if called under `jax.jit` (the widths of the blocks are read on the host), or on leaves without
+            values.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp
@@ -104,7 +106,7 @@ def btc_quantize(
 def quantized(
     params: PyTree, policy: Policy, sharing: Sharing, progress: bool = False
 ) -> tuple[PyTree, dict[str, Error]]:
-    """The packed tree, and by path the errors of its leaves, as far as encoding them told."""
+    """The packed tree and, by path, the errors of its leaves, as far as the encoder computed them."""
     leaves, decisions, treedef = decide(params, policy)
     refuse_without_values(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
@@ -129,7 +131,7 @@ def _quantized_like(params: PyTree, like: PyTree, progress: bool) -> PyTree:
 
 
 def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
-    """Decodes every `BTCTensor` of a tree into an array; other leaves stay as they are.
+    """Decode every `BTCTensor` of a tree into an array; other leaves stay as they are.
 
     Args:
         tree: what `btc_quantize` returned, or any tree that holds packed leaves.
@@ -158,10 +160,10 @@ def btc_allocate(
     policy: Policy | None = None,
     **goal: Unpack[Goal],
 ) -> Policy:
-    """Shares out bits as `btc_quantize` does for a target, and returns the policy that says how: one rule a leaf.
+    """Allocate bits as `btc_quantize` does for a target, and return them as a policy with a rule for each leaf.
 
-    With it `btc_quantize` packs the same tree the same way, other trees of the same paths alike, and `btc_reconstruct`
-    can run inside `jax.jit`.
+    With that policy, `btc_quantize` packs the same tree the same way and other trees with the same paths alike, and
+    `btc_reconstruct` can run inside `jax.jit`.
 
     Args, raises: as `btc_quantize`.
 
@@ -182,11 +184,11 @@ def btc_allocate(
 
 
 def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Policy | None = None) -> PyTree:
-    """Quantizes and decodes in one traced call: the dense weights that a packed tree would give.
+    """Fake quantization in one traced call: return the dense weights that a packed tree would decode to.
 
     For inside `jax.jit`: sweeps over many configurations, and fine-tuning with the quantization in the loss. The
     gradient passes straight through, as if nothing had been rounded. Weights are not checked: NaN and infinity give
-    NaN. Codecs that adapt to a target need a policy from `btc_allocate` there.
+    NaN. Rate-controlled codecs need a policy from `btc_allocate` there.
 
     Args, raises: as `btc_quantize`.
 
@@ -224,7 +226,7 @@ def flatten(tree: PyTree) -> tuple[list[str], list[Any], Any]:
 
 
 def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], Any]:
-    """Leaves of a tree, what the policy says of each, and the structure."""
+    """Leaves of a tree, the policy's decision about each, and the structure."""
     paths, leaves, treedef = flatten(params)
     training = by_container(params, is_packed)
     named = named_in_boxes(params, is_packed)
@@ -234,7 +236,7 @@ def decide(params: PyTree, policy: Policy) -> tuple[list[Any], list[Decision], A
 
 
 def one_policy(codec: Codec | None, policy: Policy | None, sharing: Sharing | None = None) -> Policy:
-    """The policy that the arguments `codec`, `policy` and the target stand for, with a codec."""
+    """The policy, with a codec, that the arguments `codec`, `policy` and the target imply."""
     if codec is not None and policy is not None:
         raise BTCPolicyError("both codec and policy are given; put the codec into the policy: Policy(codec, ...)")
     policy = policy or Policy(codec)

@@ -1,4 +1,4 @@
-"""Implementations of encoding and decoding by format and platform. XLA's on tiles is the reference, everywhere."""
+"""Implementations of encoding and decoding by format and platform. XLA's, on tiles, is the reference everywhere."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ _BACKENDS: dict[tuple[type[Format], str], Backend] = {}
 
 
 def register_backend(form: type[Format], platform: str, backend: Backend) -> None:
-    """Makes leaves of a format, on a platform such as `"cpu"`, be coded by something else than the reference."""
+    """Register an implementation other than the reference for leaves of a format on a platform such as `"cpu"`."""
     _BACKENDS[form, platform] = backend
 
 
 def backend() -> str:
-    """What decodes packed weights on the CPUs of this process, in a line.
+    """One line that says what decodes packed weights on the CPUs of this process.
 
     Examples:
         >>> backend().split(":")[0] in ("native kernels", "XLA")

@@ -1,4 +1,4 @@
-"""Leaves as the kernels in C take them: a description in numbers, and calls from the host and from XLA."""
+"""Leaves as the C kernels expect them: a description in numbers, and calls from the host and from XLA."""
 
 import ctypes
 import math
@@ -20,7 +20,7 @@ _ROUNDINGS = {"float32": 0, "bfloat16": 1}
 
 
 def takes(form: Format, size: int, dtype: Any) -> bool:
-    """Whether there are kernels, and they take leaves like this."""
+    """Whether there are kernels, and they support leaves like this."""
     known = type(form) in (MultilevelFormat, UniformFormat) and np.dtype(dtype).name in _ROUNDINGS
     return known and size > 0 and form.block_size % 32 == 0 and form.block_size <= 256 and library() is not None
 
@@ -31,7 +31,7 @@ def description(form: Format, size: int, rows: Sequence[int], dtype: Any, *more:
     Args:
         rows: number of rows of each plane.
         dtype: what a weight is rounded to.
-        more: what else the call is about.
+        more: further numbers of the call.
     """
     kind, low, high = 0, -1, 8
     extremes_are_float32 = is_mixed = 0
@@ -51,7 +51,7 @@ def description(form: Format, size: int, rows: Sequence[int], dtype: Any, *more:
 def columns_of(shape: tuple[int, ...], order: Order) -> tuple[int, int, int] | None:
     """How a leaf of this shape is written with rows of weights as columns: the numbers of `Columns` in the kernels.
 
-    `None` where its weights follow one another as they lie in memory, or its axes change places in another way.
+    `None` if its weights are consecutive in memory, or its axes are permuted in another way.
     """
     if order != "output-major" or not 2 <= len(shape) <= 3:
         return None
@@ -84,7 +84,7 @@ class Call(NamedTuple):
 
     Attributes:
         arrays: planes, header and seal, each with leading axes `lead`.
-        planes: how many of them are planes.
+        planes: number of the arrays that are planes.
         form: their format.
         size: weights of a piece.
         dtype: what a weight is rounded to.

@@ -1,8 +1,8 @@
 """Encoding, measuring and decoding a tile of blocks in XLA: one program each, whatever the leaf.
 
-A tile is a matrix of a fixed number of blocks, so a program is compiled once for all leaves of all models. A leaf fills
-its last tile up, and the first `count` rows are those that matter. On CPU a tile is worked on a cacheful at a time,
-only as far as `count`: from memory each reduction of XLA:CPU would read the weights again, at twice the cost of the
+A tile is a matrix of a fixed number of blocks, so a program is compiled once for all leaves of all models. The last
+tile of a leaf is padded, and only its first `count` rows matter. On CPU, a tile is processed a cacheful at a time, up
+to `count`: otherwise each reduction of XLA:CPU would read the weights from memory again, at twice the cost of the
 arithmetic.
 """
 
@@ -21,21 +21,21 @@ from btc_jax.formats import Format
 from btc_jax.planes import pack_planes, plane_specs, unpack_planes
 
 _CHUNK = 2**14
-"""Weights worked on at once on CPU: 64 KiB, with all that is made of them in the cache."""
+"""Weights processed at once on CPU: 64 KiB, so that intermediate results stay in the cache."""
 _CHUNKS = 8
 """Chunks of a tile on CPU."""
 _WEIGHTS = 2**21
-"""Weights of a large tile. An accelerator works on all of them at once, and leaves as large stay there."""
+"""Weights of a large tile, which an accelerator processes at once; leaves of at least that size stay there."""
 
 
 class Encoded(NamedTuple):
     """A tile as it is stored, and what that cost: arrays over its blocks.
 
     Attributes:
-        rows: of every block in every plane of the format; those of blocks too narrow for a plane hold nothing of use.
+        rows: those of every block in every plane of the format; rows of blocks too narrow for a plane are meaningless.
         widths: bits per weight.
         header: what a block stores besides its codes and its width, by name.
-        noise: the squared error of the weights, over the square of the scale.
+        noise: the squared error of the weights, relative to the squared scale.
         largest: the largest absolute error.
     """
 
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 def is_large(size: int, platform: str) -> bool:
-    """Whether so many weights are worked on in large tiles."""
+    """Whether this many weights are processed in large tiles."""
     return platform != "cpu" and size >= _WEIGHTS
 
 
@@ -122,7 +122,7 @@ def _decoded(form: Format, dtype: Any, rows: Any, widths: Any, header: Any) -> A
 
 
 def narrowed(weights: Any, dtype: Any) -> Any:
-    """In the dtype of the leaf. Its largest weights may decode to more than the dtype holds: infinity, or NaN."""
+    """In the dtype of the leaf, whose largest weights may decode to more than it can represent: infinity, or NaN."""
     limits = jnp.finfo(dtype)
     if float(limits.max) < float(jnp.finfo(jnp.bfloat16).max):
         weights = jnp.clip(weights, float(limits.min), float(limits.max))

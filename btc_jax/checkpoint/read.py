@@ -27,17 +27,17 @@ def load(
     device: Device | Callable[[str], Device | None] | None = None,
     checksums: bool = True,
 ) -> PyTree:
-    """Reads what `save` wrote. No template is needed.
+    """Load what `save` wrote. No template is needed.
 
-    Dicts, lists, tuples, `FrozenDict`s, NNX states and the boxes of Linen come back as they were, named tuples as named
-    tuples of the same fields, and other containers (dataclasses, NNX modules) as dicts; variables of a class of your
-    own come back as the nearest of NNX. With `like` all of it comes back as it is there. What was one object at several
-    places of the tree is one object again.
+    Dicts, lists, tuples, `FrozenDict`s, NNX states and Linen boxes are restored as they were, named tuples as named
+    tuples with the same fields, and other containers (dataclasses, NNX modules) as dicts; variables of a custom class
+    become the nearest class of NNX. With `like`, everything is restored as it is there. An object at several places of
+    the tree is one object again.
 
     Args:
         path: the file, or the index of several.
         like: a tree of arrays, packed leaves or `jax.ShapeDtypeStruct` with the wanted structure. Unless `device` says
-            otherwise, leaves go where those of a mesh are in it: a packed leaf in pieces lands in its shards.
+            otherwise, leaves take the shardings that it has on a mesh: a packed leaf in pieces lands in its shards.
         select: globs over paths; the result is then a flat dict of the leaves that match, by path.
         dense: decode packed leaves.
         device: a device or a sharding for all leaves, or a function of the path that returns one or `None`.
@@ -45,7 +45,7 @@ def load(
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        BTCFormatError: if it is no compressed checkpoint, or its parts do not fit.
+        BTCFormatError: if it is not a compressed checkpoint, or its parts do not fit.
         BTCIntegrityError: if it is damaged; the message names the tensor.
         ValueError: if it does not fit `like` (every leaf that is missing, extra, or different is listed), or `select`
             matches nothing.
@@ -68,14 +68,14 @@ def load(
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         leaves: number of leaves.
         nbytes: bytes of their tensors.
-        damaged: what is wrong, a sentence for each damaged leaf.
-        unknown_formats: leaves whose bytes match their checksums, and whose format is not registered here, so that they
-            could not be checked further: a sentence for each.
+        damaged: a sentence for each damaged leaf.
+        unknown_formats: a sentence for each leaf whose bytes match their checksums but whose format is not registered
+            here, so that it could not be checked further.
     """
 
     leaves: int
@@ -85,12 +85,12 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether all of it was checked, and is as it was saved."""
+        """Whether everything was checked, and is as it was saved."""
         return not self.damaged and not self.unknown_formats
 
 
 def verify(path: PathLike) -> Verification:
-    """Reads all of a checkpoint, one leaf at a time, and compares it with its checksums and with itself.
+    """Read all of a checkpoint, one leaf at a time, and check it against its checksums and for consistency.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.

@@ -1,4 +1,4 @@
-"""The tree that the nodes of a manifest describe, of which nothing is believed."""
+"""Rebuilds the tree that the nodes of a manifest describe. Nothing in them is trusted."""
 
 import collections
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ _NODES = {"list": 0, "tuple": 0, **dict.fromkeys(_MAPPINGS, 1), "state": 1, "nam
 
 
 def rebuild(node: Any, paths: Sequence[str], leaves: Sequence[Any]) -> PyTree:
-    """The tree that `describe` described, of leaves of these paths.
+    """The tree that `describe` described, with leaves at these paths.
 
     Raises:
-        BTCFormatError: if the node is malformed, or does not take each leaf once, in order.
+        BTCFormatError: if the node is malformed, or does not use each leaf once, in order.
     """
     rebuilding = _Rebuilding(paths, leaves)
     with refusing("the tree of the manifest"):
@@ -37,7 +37,7 @@ def rebuild(node: Any, paths: Sequence[str], leaves: Sequence[Any]) -> PyTree:
 
 
 class _Rebuilding:
-    """One tree that is being rebuilt: how many of its leaves were taken, and the classes of its named tuples."""
+    """A tree that is being rebuilt: how many of its leaves are used, and the classes of its named tuples."""
 
     def __init__(self, paths: Sequence[str], leaves: Sequence[Any]):
         self._paths, self._leaves, self.taken = paths, leaves, 0
@@ -67,7 +67,7 @@ class _Rebuilding:
         return self._leaves[number]
 
     def _container(self, kind: str, fields: list[Any], items: list[PyTree]) -> PyTree:
-        """The container of a node, of what its inner nodes became."""
+        """The container of a node, from its rebuilt inner nodes."""
         if kind in ("list", "tuple"):
             return tuple(items) if kind == "tuple" else items
         if kind in _MAPPINGS:
@@ -107,7 +107,7 @@ class _Rebuilding:
         return root
 
     def _folder(self, above: dict[str, Any], name: str) -> dict[str, Any]:
-        """The dict of this name in another, made if need be."""
+        """The dict of this name in another, created if necessary."""
         if name in above:
             return above[name]
         self._folders += 1
@@ -137,7 +137,7 @@ def _inner(kind: Any, fields: list[Any]) -> list[Any]:
 
 
 def _pairs(keys: Any, items: list[PyTree]) -> dict[Any, PyTree]:
-    """The items of a container with keys, none of which may occur twice."""
+    """The items of a container with unique keys."""
     fits = isinstance(keys, list) and all(isinstance(key, str) or type(key) is int for key in keys)
     if not fits or len(set(keys)) != len(keys):
         raise BTCFormatError(f"the tree of the manifest has a node with keys that do not fit: {str(keys)[:60]}")

@@ -8,7 +8,7 @@ A node is the number of a leaf, `null` for `None`, or a list that begins with it
     ["namedtuple" | "object", name, keys, nodes]
     ["variable" | "box", name, node, metadata]
 
-What comes back as something else than it was is gathered, for a warning.
+What will be restored as something else is collected, for a warning.
 """
 
 import collections
@@ -36,7 +36,7 @@ def describe(tree: PyTree, paths: Sequence[str]) -> Any:
     """The containers of a tree with leaves of these paths, in the order of `jax.tree.leaves`.
 
     Warns:
-        BTCTreeWarning: a container comes back as something else without a template.
+        BTCTreeWarning: if a container will be restored as something else without a template.
 
     Raises:
         TypeError: if a key is neither text nor a whole number, or the tree is too deep.
@@ -52,7 +52,7 @@ def describe(tree: PyTree, paths: Sequence[str]) -> Any:
 
 
 class _Describing:
-    """One tree that is being described: how many of its leaves were passed, and what a file cannot keep."""
+    """A tree that is being described: how many of its leaves were passed, and what a file cannot keep."""
 
     def __init__(self, paths: Sequence[str]):
         self._paths, self._passed = paths, 0
@@ -76,7 +76,7 @@ class _Describing:
         return self._container(tree, [_key(keys[0]) for keys, _ in children], described, first, start)
 
     def warn(self) -> None:
-        """One warning of all that comes back as something else."""
+        """One warning about everything that will be restored as something else."""
         if not self._lost:
             return
         listed = [

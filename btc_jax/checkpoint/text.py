@@ -1,8 +1,8 @@
-"""JSON in files: the one way in which it is written, and a bound on what reading it can take.
+"""JSON in files: its canonical form, and a bound on the memory that reading it takes.
 
 A JSON text of a few megabytes can become gigabytes of small Python objects. So its parts are counted before it is
-parsed, and after it was parsed it is written again and compared: whatever is ambiguous in JSON, such as a key that
-occurs twice, spaces, or another form of a number, makes the text another one, and is refused.
+parsed, and after it was parsed it is written again and compared: anything ambiguous in JSON, such as a repeated key,
+spaces, or another form of a number, makes a different text, and is refused.
 """
 
 import json
@@ -44,7 +44,7 @@ def parsed_nbytes(text: str) -> int:
 
 
 def parse(text: str, what: str) -> Any:
-    """The value of a canonical JSON text of which nothing is believed.
+    """The value of a canonical JSON text that is not trusted.
 
     Raises:
         BTCFormatError: if it is not canonical JSON, too deep, or of too many parts.

@@ -33,7 +33,7 @@ def stored_leaves(records: Sequence[LeafRecord], leaves: Sequence[Any]) -> list[
 
 
 def stored_one_by_one(paths: Sequence[str], leaves: Sequence[Any]) -> Iterator[StoredLeaf]:
-    """The same for leaves that may be spread over processes: each is gathered to every host, one at a time."""
+    """Records and arrays of leaves that may be spread over processes: each is gathered to every host, one at a time."""
     for path, leaf, first in _with_ties(paths, leaves):
         if first is not None:
             yield _tied(path, leaf, first), ()
@@ -43,7 +43,7 @@ def stored_one_by_one(paths: Sequence[str], leaves: Sequence[Any]) -> Iterator[S
 
 
 def check_ties(records: Mapping[str, LeafRecord], what: Any) -> None:
-    """Refuses ties to a leaf that is not there, comes later, or is another.
+    """Refuse ties to a leaf that is missing, comes later, or differs.
 
     Raises:
         BTCFormatError: if there is such a tie.

@@ -1,4 +1,4 @@
-"""Saving: a tree into one file, or into several with an index, whole or not at all."""
+"""Saving a tree atomically, into one file or into several with an index."""
 
 import errno
 import itertools
@@ -31,20 +31,20 @@ _CHECKSUM = "0" * 8
 
 
 def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | None = None) -> int:
-    """Writes a tree of packed and dense leaves, and returns the bytes written.
+    """Write a tree of packed and dense leaves, and return the number of bytes written.
 
-    Either all of it is at `path` afterwards, flushed to disk, or what was there before is untouched. Same content, same
-    bytes. The format is in docs/format.md.
+    Either all of it is at `path` afterwards, flushed to disk, or what was there before is untouched. Equal content
+    gives equal bytes. The format is in docs/format.md.
 
     Where several processes run the program, all of them call it, for a folder that all can reach. With
     `max_shard_bytes` each writes some of the files, and the first one the index; without, the first one writes.
 
-    An object that stands at several places of the tree is stored once, and is one object again when it is loaded.
+    An object at several places of the tree is stored once, and is one object again when it is loaded.
 
     Args:
         path: the file; one that exists is replaced.
         tree: any pytree of `BTCTensor`, jax and numpy arrays of every dtype, typed PRNG keys, Python numbers and text.
-        max_shard_bytes: split the leaves into files of at most so many bytes of data (a leaf is never split), beside an
+        max_shard_bytes: split the leaves into files of at most this many bytes of data (a leaf is never split), with an
             index `PATH.index.json` as on the Hugging Face hub; `load(path)` finds it. `path` must end in
             `.safetensors`.
 
@@ -54,11 +54,11 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         ValueError: if two leaves have one path, a packed leaf is stacked or of a format that is not registered
             (`btc_jax.formats.register_format`), or there are too many leaves for one file, or too many files.
         OSError: if it could not be written; a `BlockingIOError` if another process is writing it, a `FileExistsError`
-            if the index of another system stands beside it.
+            if there is an index of another system next to it.
 
     Warns:
-        BTCTreeWarning: if something will come back as something else unless `load` is given a template, such as a
-            variable of a class of your own.
+        BTCTreeWarning: if something will be restored as something else unless `load` is given a template, such as a
+            variable of a custom class.
 
     Examples:
         >>> import btc_jax, jax.numpy as jnp, os, tempfile
@@ -82,7 +82,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
 def write_leaves(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int | None) -> int:
     """Writes stored leaves in the containers that `tree` describes. Arrays may be lazy: one leaf is read at a time.
 
-    What `check_target` and `check_readable` refuse must not come here.
+    The caller has called `check_target` and `check_readable`.
     """
     with only_writer(path):
         if max_shard_bytes is None:
@@ -211,9 +211,9 @@ def _check_file(manifest: Manifest, limits: Limits) -> str:
 
 
 def _write_shards(path: Path, tree: Any, leaves: Sequence[StoredLeaf], max_shard_bytes: int) -> int:
-    """New files under names of their own, then the index, which makes them the checkpoint, then away with the old.
+    """Writes new files under new names, then the index, which makes them the checkpoint, then removes the old files.
 
-    Of several processes each writes some of the files, and the first one the index.
+    With several processes, each writes some of the files, and the first one the index.
     """
     manifests = _manifests([record for record, _ in leaves], max_shard_bytes)
     texts = [manifest.text() for manifest in manifests]
@@ -267,7 +267,7 @@ def _grouped(records: Sequence[LeafRecord], max_shard_bytes: int) -> Iterator[li
 
 
 class Files:
-    """Shares out leaves, one after another, among files of at most so many bytes; `None` for one file of all."""
+    """Distributes leaves, one after another, over files of at most so many bytes; `None` for a single file."""
 
     def __init__(self, max_bytes: int | None):
         self._max, self._number, self._size, self._leaves = max_bytes, 0, 0, 0
@@ -281,7 +281,7 @@ class Files:
 
 
 def _remove_shards(path: Path, keep: Sequence[str]) -> None:
-    """Removes the files of earlier and of interrupted saves to the same path."""
+    """Remove the files of earlier and of interrupted saves to the same path."""
     temporary_of(path).unlink(missing_ok=True)
     temporary_of(index_of(path)).unlink(missing_ok=True)
     if path.suffix != SUFFIX:

@@ -1,9 +1,9 @@
 """`fused`: functions of packed trees that hold one dense leaf at a time.
 
 `jax.jit` of a model on packed parameters decodes each leaf by an equation of its own, which depends on the parameters
-only. So XLA may decode all of them before the first layer begins, and on CPU it does. `fused` goes through the function
-equation by equation, as `jax.grad` does, and puts decoding off until a leaf meets the other operand of what it is used
-for; then it makes decoding wait for that, and for the layer before.
+only. So XLA may decode all of them before the first layer begins, and on CPU it does. `fused` interprets the function
+equation by equation, as `jax.grad` does, and defers decoding until a leaf meets the other operand of its use; it then
+makes decoding depend on that operand, and on the layer before.
 """
 
 import functools
@@ -29,7 +29,7 @@ _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_
 
 
 def fused(f: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A function that calculates the same, but decodes each packed leaf only when it is used.
+    """Transform a function into one that computes the same, but decodes each packed leaf only when it is used.
 
     Under `jax.jit` the memory for decoded weights is that of one leaf, at most two, instead of all of them. Packed
     leaves may be arguments of the function, anywhere in a tree, or closed over. `jit`, `scan`, `while_loop`, `cond`,
@@ -41,11 +41,11 @@ def fused(f: Callable[_P, _R]) -> Callable[_P, _R]:
             static.
 
     Returns:
-        The function to call, or to give to `jax.jit`, in its place. It can be differentiated with respect to anything
-        that is not packed. A function inside with a custom derivative loses it if packed leaves pass through it.
+        The function to call, or to pass to `jax.jit`, instead. It can be differentiated with respect to anything that
+        is not packed. A function inside with a custom derivative loses it if packed leaves pass through it.
 
     Raises:
-        TypeError: as of `f`; and where `f` returns what is no array.
+        TypeError: if `f` raises one, or returns anything but arrays.
 
     Examples:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, btc_jax
@@ -75,7 +75,7 @@ def fused(f: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 class _Evaluation:
-    """Evaluates a jaxpr, and knows what was calculated last from a packed leaf."""
+    """Evaluates a jaxpr, and keeps track of what was last computed from a packed leaf."""
 
     def __init__(self):
         self.last: Any = None
@@ -125,7 +125,7 @@ class _Evaluation:
         return results
 
     def decoded(self, value: Any, others: Sequence[Any] = ()) -> Any:
-        """A value that may be late, decoded after the others and after what was calculated last."""
+        """A value that may be late: decoded after the others, and after what was last computed."""
         if not isinstance(value, Late):
             return value
         return value.decoded(self._waited(others))
@@ -181,7 +181,7 @@ def _while(params: Mapping[str, Any], values: Sequence[Any]) -> list[Any]:
 
 def _cond(params: Mapping[str, Any], values: Sequence[Any]) -> list[Any]:
     index, *operands = values
-    # What is late is closed over, so that the branch that is taken decodes it.
+    # Late values are closed over, so that only the branch that runs decodes them.
     return lax.switch(index, [functools.partial(_function(branch), *operands) for branch in params["branches"]])
 
 
@@ -198,4 +198,4 @@ def _checkpoint(params: Mapping[str, Any], values: Sequence[Any]) -> list[Any]:
 
 
 _CONTROL = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _checkpoint, "checkpoint": _checkpoint}
-"""Primitives whose functions are gone through by themselves."""
+"""Primitives whose functions are interpreted separately."""

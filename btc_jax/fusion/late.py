@@ -1,4 +1,4 @@
-"""A decoded leaf that is not decoded yet, and what it would be a view of."""
+"""A leaf whose decoding is deferred, and the views taken of it."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from btc_jax.primitives import decode_p
 from btc_jax.primitives.whole import arguments
 
 VIEWS = {"transpose", "reshape", "convert_element_type", "squeeze", "broadcast_in_dim", "copy", "copy_p"}
-"""Primitives that do to a decoded leaf what can be put off with it."""
+"""Primitives that can be deferred together with the decoding of a leaf."""
 
 
 class Late(NamedTuple):
@@ -47,7 +47,7 @@ class Late(NamedTuple):
         return arguments(self.arrays, self.params["names"], self.params["waits"])[2].shape[:-1]
 
     def waiting(self, after: Array | None) -> tuple[list[Any], dict[str, Any]]:
-        """Operands and parameters of a decoding that begins after an array is there."""
+        """Operands and parameters of a decoding that begins once an array is computed."""
         if after is None or self.params["waits"]:
             return list(self.arrays), self.params
         return [*self.arrays, after], {**self.params, "waits": True}
@@ -74,11 +74,11 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 class Layout(NamedTuple):
-    """How the weights of a late leaf lie in memory, if a kernel can use that.
+    """How the weights of a late leaf are laid out, if a kernel can use that.
 
     Attributes:
         sizes: sizes of its axes, in the order in which the weights run through the blocks.
-        dims: of each dimension of the value, the axes it is made of, from the outermost.
+        dims: for each dimension of the value, the axes it is made of, outermost first.
         rounding: the dtype that the weights were rounded to, `float32` or `bfloat16`.
     """
 

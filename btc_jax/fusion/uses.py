@@ -1,4 +1,4 @@
-"""Uses of a packed leaf that need not decode it: products with a matrix, and rows that are looked up."""
+"""Uses of a packed leaf that need not decode it: products with a matrix, and lookups of rows."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ from btc_jax.primitives import multiply, rows
 
 
 def product(eqn: JaxprEqn, values: Sequence[Any], after: Array | None) -> Any:
-    """The result of a `dot_general` with one late operand, or `None` where the leaf has to be decoded.
-
-    It can stay packed if what is summed over are the innermost axes of its blocks, as it is for kernels in the order
-    `output-major` and for embeddings that give logits.
+    """The result of a `dot_general` with one late operand, or `None` if the leaf must be decoded. It can stay packed if
+    what is summed over are the innermost axes of its blocks, as it is for kernels in the order `output-major` and for
+    embeddings that give logits.
     """
     contracted, batch = eqn.params["dimension_numbers"]
     place = next(i for i, value in enumerate(values) if isinstance(value, Late))
@@ -61,7 +60,7 @@ def _in_order(
 
 
 def looked_up(eqn: JaxprEqn, values: Sequence[Any], after: Array | None) -> Any:
-    """The result of a `gather` or `dynamic_slice` of whole rows, or `None` where the leaf has to be decoded."""
+    """The result of a `gather` or `dynamic_slice` of whole rows, or `None` if the leaf must be decoded."""
     late = values[0]
     if not isinstance(late, Late) or any(isinstance(value, Late) for value in values[1:]):
         return None

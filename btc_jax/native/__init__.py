@@ -1,4 +1,4 @@
-"""Kernels in C for CPUs: built once, by the system's compiler, and left out where there is none."""
+"""C kernels for CPUs, built once by the system's compiler, and left out if there is none."""
 
 from btc_jax.native.loading import Library as Library
 from btc_jax.native.loading import library as library

@@ -1,7 +1,7 @@
 """Builds the library of kernels with a C compiler, against the headers of XLA that are installed with jaxlib.
 
-A wheel may contain the library (see `hatch_build.py`). Otherwise it is built when it is first needed, which takes some
-seconds, and kept in the user's cache folder. To build it with every installation would be to download jaxlib, 100 MB,
+A wheel may contain the library (see `hatch_build.py`). Otherwise it is built when first needed, which takes a few
+seconds, and kept in the user's cache folder. Building it at every installation would mean downloading jaxlib, 100 MB,
 only for its headers.
 """
 
@@ -25,7 +25,7 @@ _KERNELS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
 }
-"""Instruction sets that the kernels are compiled for, on x86-64; elsewhere there is the first only."""
+"""Instruction sets that the kernels are compiled for on x86-64; elsewhere, only the first."""
 
 
 class BuildError(RuntimeError):
@@ -52,14 +52,14 @@ def build(folder: Path, extra: Sequence[str] = ()) -> Path:
     """The library in a folder, built if it is not there.
 
     Args:
-        folder: where it is kept, under a name that tells sources, jaxlib and processor apart.
+        folder: where it is kept, under a name derived from the sources, jaxlib and the processor.
         extra: more flags for the compiler, such as those of a sanitizer.
 
     Raises:
         BuildError: if there is no compiler, or it failed.
         OSError: if the folder cannot be written.
     """
-    import jax.ffi  # the headers: a wheel that is built has no other use for jax
+    import jax.ffi  # only the headers are needed here
 
     include = jax.ffi.include_dir()
     sources = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.[ch]")))

@@ -23,7 +23,7 @@ static int answers_version(const Frame *frame) {
   return 1;
 }
 
-// Work shared by threads of XLA's pool, each of which takes the next part until none is left. It is freed by the last
+// Work shared by threads of XLA's pool: each takes the next part until none is left. It is freed by the last
 // that lets go of it: a thread may come when all is done.
 typedef struct {
   Run *run;

@@ -132,7 +132,7 @@ static inline U8 words_8(const uint32_t *row) {
 static const U8 lanes_1 = {0, 1, 2, 3, 4, 5, 6, 7}, lanes_2 = {0, 0, 1, 1, 2, 2, 3, 3}, lanes_4 = {0, 0, 0, 0, 1, 1, 1, 1},
                 lanes_8 = {0};
 
-// A row of words of which runs of J interleave, to the codes of a block, eight in a vector: see planes.py.
+// A row of words that interleave in runs of J, to the codes of a block, eight in a vector: see planes.py.
 #define FIELD(J, BITS)                                                                                       \
   static inline __attribute__((always_inline)) void field_##J##_##BITS(const uint32_t *row, int size, U8 *codes) { \
     EACH(v, size / 8) {                                                                                      \
@@ -310,7 +310,7 @@ static void decode(const Leaf *leaf, Cursor *at, int64_t blocks, float *out) {
 
 enum { SCRATCH = 4096 };  // floats decoded at once: 16 KiB, which stay in the nearest cache
 
-// Weights from `start` on. The cursor goes on to the block of the next weight, which may be the last that was decoded.
+// Weights from `start` on. The cursor moves to the block of the next weight, which may be the last that was decoded.
 static void part(const Leaf *leaf, Cursor *at, int64_t start, int64_t count, float *out) {
   float scratch[MOST_WEIGHTS];
   int64_t size = leaf->block_size, skipped = start % size;

@@ -17,7 +17,7 @@ typedef struct {
 
 typedef struct {
   int kind, block_size, planes, rounding;  // rounding: what the dtype of the leaf keeps of a weight
-  int64_t size, blocks;                    // weights; blocks of them, the last of which may be short
+  int64_t size, blocks;                    // weights; number of blocks, the last possibly short
   int low, high;                           // the widths of a uniform leaf; the one width of a multilevel leaf, or -1
   Plane plane[MOST_PLANES];
   const uint8_t *header;  // multilevel: a byte for each block

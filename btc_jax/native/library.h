@@ -26,7 +26,7 @@ typedef struct {
 } Decoding;
 void btc_decode_part(void *decoding, int64_t part);
 
-// Plans a decoding, and makes its cursors. Returns 0 if there is no memory for them; else `btc_end` frees them.
+// Plans a decoding, and makes its cursors. Returns 0 if memory runs out; else `btc_end` frees them.
 int btc_begin(const int64_t *spec, void *const *arrays, const int64_t *more, void *out, Decoding *decoding);
 void btc_end(Decoding *decoding);
 

@@ -1,4 +1,4 @@
-"""The library of kernels, loaded once for a process: the one that came with the package, or built at first use."""
+"""The library of kernels, loaded once per process: the one shipped with the package, or one built at first use."""
 
 import ctypes
 import functools
@@ -15,14 +15,14 @@ from btc_jax.formats.multilevel import HALVES, MIDDLES, ON_A_LEVEL, WIDTHS
 from btc_jax.native.build import HERE, NAME, BuildError, build
 
 SWITCH = "BTC_JAX_NATIVE"
-"""Environment variable: `0` leaves the library out; `portable` or `avx2` is the most that it uses of the processor."""
+"""Environment variable: `0` disables the library; `portable` or `avx2` limits the instruction set."""
 TARGETS = {
     "btc_decode": "btc_ffi_decode",
     "btc_multiply": "btc_ffi_multiply",
     "btc_rows": "btc_ffi_rows",
     "btc_tile": "btc_ffi_tile",
 }
-"""Custom calls of XLA, and the functions of the library that they are."""
+"""Custom calls of XLA, and the library functions that implement them."""
 
 
 class Library(NamedTuple):
@@ -55,7 +55,7 @@ def _loaded() -> Library | str:
 
 
 def library() -> Library | None:
-    """The library, or `None` where it is left out; `why_not` tells why.
+    """The library, or `None` if there is none; `why_not` tells why.
 
     Raises:
         ValueError: if the environment variable `BTC_JAX_NATIVE` has an unknown value.

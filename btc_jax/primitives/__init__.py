@@ -1,8 +1,8 @@
-"""What is done with packed leaves as primitives of JAX, one file each, with implementations by platform.
+"""Operations on packed leaves as JAX primitives, one file each, with implementations by platform.
 
-In a jaxpr a packed leaf is decoded by one equation, whatever its format. So transformations of functions can find it
-(see `btc_jax.fusion`), and how a platform does it is decided when the function is compiled. XLA's own operations are
-the reference, and work everywhere; on CPUs there are native kernels.
+In a jaxpr a packed leaf is decoded by one equation, whatever its format. So function transformations can find it (see
+`btc_jax.fusion`), and the implementation is chosen when the function is compiled. XLA's own operations are the
+reference, and work everywhere; on CPUs there are native kernels.
 """
 
 from btc_jax.primitives.lookup import rows as rows

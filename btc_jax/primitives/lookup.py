@@ -43,7 +43,7 @@ def reference(index: Array, *arrays: Any, columns: int, **params: Any) -> Array:
     """The primitive in operations of XLA."""
     planes, header, seal, _ = arguments(arrays, params["names"], params["waits"])
     form, size = params["form"], math.prod(params["shape"])
-    for axis in range(seal.ndim - 1):  # pieces of which there is one
+    for axis in range(seal.ndim - 1):  # axes with a single piece
         planes, header, seal = jax.tree.map(lambda array: array[0], (planes, header, seal))
         del axis
     return _looked_up(index, planes, header, seal, form, size, columns, params["dtype"])
@@ -62,7 +62,7 @@ def _looked_up(
     block_size, blocks = form.block_size, -(-size // form.block_size)
     aligned = columns % block_size == 0
     each = columns // block_size if aligned else (columns + block_size - 2) // block_size + 1
-    # Numbers of blocks and of weights in a block: neither overflows where their product would.
+    # Block numbers and positions within a block: neither overflows, as their product could.
     whole, part = divmod(columns, block_size)
     first = index * whole + index * part // block_size
     wanted = jnp.minimum(first[:, None] + jnp.arange(each, dtype=index.dtype)[None], blocks - 1).reshape(-1)

@@ -1,4 +1,4 @@
-"""The primitive that multiplies a matrix by a packed one, of which no more than a tile is decoded at a time."""
+"""The primitive that multiplies a matrix by a packed one, decoding at most a tile at a time."""
 
 import functools
 import math
@@ -23,9 +23,9 @@ The weights of the leaf are a matrix `[outputs, inputs]` in the order of the blo
 """
 
 _FEW = 16
-"""Rows that a kernel multiplies while it decodes; XLA's products of matrices are better at more."""
+"""Largest number of rows that a kernel multiplies while it decodes; for more, XLA's matrix products are faster."""
 _TILE = 2**22
-"""Weights that are decoded at once for a product of XLA, which takes twice the time of smaller tiles in a loop."""
+"""Weights that are decoded at once for a product in XLA."""
 
 
 def multiply(

@@ -41,7 +41,7 @@ def decode(
     """The weights of a leaf of this shape, in `dtype`; all NaN if its seal is broken.
 
     Args:
-        after: an array that is to be there before decoding begins.
+        after: an array that must be computed before decoding begins.
     """
     names = tuple(sorted(header))
     arrays = (*planes, *(header[name] for name in names), seal, *(() if after is None else (after,)))
@@ -108,7 +108,7 @@ def reference(
 
 
 def is_there(array: Array) -> Array:
-    """True, once the array is calculated.
+    """True, once the array is computed.
 
     XLA removes a barrier before it schedules, and does not see that a number with a bit set is not zero.
     """
@@ -122,7 +122,7 @@ def _once(there: Array, array: Array) -> Array:
 def grid_or_nan(form: Format, seal: Array, widths: Array, header: Mapping[str, Array]) -> Any:
     """What decoding needs of each block; NaN if the seal is broken.
 
-    Under `jit` nothing can be raised; and a few numbers a block cost less than the weights themselves.
+    Nothing can be raised under `jit`, and spoiling a few numbers per block costs less than spoiling the weights.
     """
     return jax.tree.map(functools.partial(_or_nan, is_intact(seal)), form.grid(widths, header))
 
@@ -134,7 +134,7 @@ def _or_nan(intact: Array, numbers: Array) -> Array:
 def _native(
     *arrays: Any, form: Format, shape: tuple[int, ...], dtype: Any, order: Order, names: tuple[str, ...], waits: bool
 ) -> Array:
-    """The primitive by a kernel, which puts the weights of a matrix in their places."""
+    """The primitive by a kernel, which writes the weights of a matrix in place."""
     planes, _, seal, _ = arguments(arrays, names, waits)
     between = jnp.float32 if tap_sizes(shape, order) else dtype
     own, after = arrays[: len(arrays) - waits], arrays[len(arrays) - waits :]
@@ -148,7 +148,8 @@ def _native(
 
 
 def takes(context: Any, form: Format, shape: tuple[int, ...], dtype: Any, **_: Any) -> bool:
-    """Whether native kernels take a leaf: XLA does not split them over a mesh, and exported programs have none."""
+    """Whether native kernels support a leaf: XLA does not partition them over a mesh, and exported programs have
+    none."""
     is_exported = context.module_context.lowering_parameters.for_export
     return not is_exported and _is_for_one_device(context) and native.takes(form, math.prod(shape), dtype)
 

@@ -85,7 +85,7 @@ class Source(abc.ABC):
     Attributes:
         file: the file or folder.
         leaves: what it holds, in the order of the file, in which reading is fastest.
-        compressed: it is a checkpoint that btc_jax compressed; its leaves are then the parts of packed ones.
+        compressed: whether it is a checkpoint compressed by btc_jax, whose leaves are then parts of packed ones.
     """
 
     compressed = False
@@ -130,7 +130,7 @@ class Source(abc.ABC):
         return digest.hexdigest()[:16]
 
     def close(self) -> None:
-        """Lets go of the file; `read` is an error afterwards."""
+        """Close the file; `read` is an error afterwards."""
         self._by_path = {}
 
     def __enter__(self: S) -> S:
@@ -210,7 +210,7 @@ def unknown() -> str:
 
 
 def refuse(file: Path, foreign: Foreign | None) -> None:
-    """Says how the weights of a foreign file get into one that is read.
+    """Raise an error that says how to convert a foreign file into a supported one.
 
     Raises:
         ValueError: if the file is foreign.
@@ -221,7 +221,7 @@ def refuse(file: Path, foreign: Foreign | None) -> None:
 
 @contextlib.contextmanager
 def readable(file: Path, otherwise: str) -> Iterator[None]:
-    """Whatever a foreign reader raises becomes one ValueError that names the file."""
+    """Turns anything that a foreign reader raises into one ValueError that names the file."""
     try:
         yield
     except (MemoryError, PermissionError):

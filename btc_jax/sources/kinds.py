@@ -1,4 +1,4 @@
-"""Kinds of files that are not read: how they are recognised, and how their weights get into a file that is read."""
+"""Kinds of files that are not supported: how they are recognised, and how to convert them to one that is."""
 
 import re
 import zipfile

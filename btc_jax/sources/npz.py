@@ -6,7 +6,7 @@ import numpy as np
 
 from btc_jax.sources.base import AGAIN, Origin, Source, SourceLeaf, bytes_leaf, leaf_of, nbytes_of, readable
 
-MAX_DEFLATE = 1032  # deflate shrinks no further: a member of a zip that says so lies
+MAX_DEFLATE = 1032  # deflate cannot shrink further, so a larger claimed size is false
 _PICKLED = "pickled"
 _BETTER = "save arrays of numbers by name, and bfloat16 as safetensors.flax.save_file(arrays, 'weights.safetensors')"
 

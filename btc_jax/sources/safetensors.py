@@ -62,7 +62,7 @@ class SafetensorsSource(Source):
 
 
 def open_index(index: Path) -> Source:
-    """The shards that an index names. Leaves of a shard that the index forgot are read too: nothing gets lost."""
+    """The shards that an index names. Leaves of a shard that the index omits are read too."""
     text = index.read_bytes() if index.stat().st_size <= MAX_HEADER else b""
     fields = parse_json(index, text)
     shard_of = fields.get("weight_map")
@@ -129,6 +129,6 @@ def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, SourceLeaf]:
 
 
 def _packed(file: Path, path: str, shape: tuple[Any, ...], code: str) -> SourceLeaf:
-    """A leaf whose elements share bytes: what its bits mean stays its writer's affair."""
+    """A leaf whose elements share bytes: the meaning of its bits is left to its writer."""
     shape = checked_shape(file, path, shape, PACKED[code])
     return bytes_leaf(path, -(-math.prod(shape) * PACKED[code] // 8), Origin(code, shape))
