@@ -87,7 +87,7 @@ def refuse_beside_like(codec: Any, policy: Any, goal: Mapping[str, Any], room: f
 
 def refuse_other_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     if odd := sorted(before.keys() ^ after.keys()):
-        raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in all)")
+        raise ValueError(f"the trees differ: {odd[0]!r} is in only one of them ({len(odd)} such leaves in total)")
 
 
 def refuse_other_trees(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

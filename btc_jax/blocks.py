@@ -50,7 +50,7 @@ def check_order(order: str, shape: tuple[int, ...], what: str) -> None:
     if order not in ORDERS:
         raise ValueError(f"{what}: order is {order!r}; it can be {', '.join(map(repr, ORDERS))}")
     if math.prod(taps := tap_sizes(shape, order)) > MAX_TAPS:
-        raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in all")
+        raise ValueError(f"{what}: order {order!r} would transform axes of {taps}, more than {MAX_TAPS} taps in total")
 
 
 def inverse(permutation: tuple[int, ...]) -> tuple[int, ...]:

@@ -28,13 +28,13 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
             cut = cuts[how.path]
             check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
-    taken = [(leaf, how) for leaf, how in separate if how.codec is not None]
+    packed = [(leaf, how) for leaf, how in separate if how.codec is not None]
     shared = (
-        taken if sharing.target else [(leaf, how) for leaf, how in taken if how.codec and how.codec.rate_controlled]
+        packed if sharing.target else [(leaf, how) for leaf, how in packed if how.codec and how.codec.rate_controlled]
     )
     dense = sum(leaf_nbytes(leaf) for leaf, how in separate if how.codec is None)
     found = {}
-    if sharing.target and not taken:
+    if sharing.target and not packed:
         raise ArgumentError(
             sharing.target.kind,
             "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",

@@ -74,8 +74,8 @@ class Packed(NamedTuple):
     """The packed arrays of a leaf, on the host.
 
     Attributes:
-        planes: a matrix for each plane that has rows. A block in one plane is in all before it, so planes without rows
-            come last.
+        planes: a matrix for each plane that has rows. A block in one plane is also in those before it, so planes
+            without rows come last.
         header: what each block stores besides its codes, by name.
         error: that of the weights in their dtype; `None` where blocks hold transformed weights, since the
             error of a single weight is then unknown.

@@ -209,7 +209,7 @@ def _row_tiles(
     form: Format, i: int, planes: Sequence[np.ndarray], widths: np.ndarray, size: int
 ) -> Iterator[np.ndarray]:
     """Of plane `i` a row for every block, tile by tile; any for a block that has none there."""
-    spec, taken = plane_specs(form.widths)[i], 0
+    spec, read = plane_specs(form.widths)[i], 0
     layout = row_layout(form.block_size, spec.bits)
     none = np.zeros((size, layout.nbytes // layout.dtype.itemsize), layout.dtype)
     for start in range(0, len(widths), size):
@@ -221,8 +221,8 @@ def _row_tiles(
         elif len(planes[i]) == len(widths):  # a row for every block, in its place
             rows = planes[i][start : start + size]
         else:
-            rows, partly = planes[i][taken : taken + count], count < len(present)
-        taken += count
+            rows, partly = planes[i][read : read + count], count < len(present)
+        read += count
         yield rows.take(np.cumsum(present, dtype=np.int32) - 1, axis=0, mode="clip") if partly else rows
 
 

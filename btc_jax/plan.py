@@ -112,7 +112,7 @@ class Plan(Shown):
                 "reason": row.reason,
                 "codec": "dense" if row.codec is None else codec_cell(row.codec.to_json(), row.order),
                 "bytes": f"{row.bytes_before:,}",
-                "after": _range(row.bytes_min, row.bytes_max) if self._is_known(row) else "shared out",
+                "after": _range(row.bytes_min, row.bytes_max) if self._is_known(row) else "allocated",
             }
             add_row(table, [cells[name] for name in columns], None if row.codec else "dim")
         table.add_section()

@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 
 def is_spread(array: Any) -> bool:
-    """Whether an array lies in several processes, none of which need have all of it."""
+    """Whether an array lies in several processes, so that none may have all of it."""
     if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         return False
     return not (array.is_fully_addressable or array.is_fully_replicated)

@@ -36,7 +36,7 @@ def _to_state(leaf: BTCTensor) -> dict[str, Any]:
 
 
 def _from_state(target: BTCTensor, state: Any) -> BTCTensor:
-    """The leaf that was saved, of whatever format and widths; `target` says of which shape and dtype."""
+    """The leaf that was saved, in any format and widths; `target` gives its shape and dtype."""
     if not isinstance(state, dict) or NAME not in state:
         raise ValueError(f"the state of a packed leaf of shape {target.shape} is of another kind of leaf")
     piece, dtype, form, order, stacks = _parsed(state[NAME])

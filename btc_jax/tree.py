@@ -204,7 +204,7 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
     for leaf, how in zip(leaves, decisions, strict=True):
         if how.codec is not None and how.codec.rate_controlled and (isinstance(leaf, Tracer) or staging()):
             raise TypeError(
-                f"{how.path} is traced, and {how.codec!r} adapts to a target; share out the bits outside, and pass the "
+                f"{how.path} is traced, and {how.codec!r} is rate-controlled; allocate the bits outside, and pass the "
                 "result: policy=btc_allocate(params, bits=4.5)"
             )
     choices = choose(leaves, decisions, Sharing())

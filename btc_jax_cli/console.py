@@ -23,7 +23,7 @@ class OneLineErrors(TyperGroup):
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
-        first = args[0]  # what is parsed is taken out of the list
+        first = args[0]  # parsing consumes the list
         self._main_shell_completion({}, "btc")  # ends the process if a shell asks for completions
         try:
             with self.make_context("btc", args) as context:

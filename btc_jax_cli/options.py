@@ -23,7 +23,7 @@ def option(metavar: str, text: str, *names: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What bits are shared out for. `None` is what was not given."""
+    """What bits are allocated for. `None` is what was not given."""
 
     bits: Annotated[float | None, option("X", "Effective bits per weight of the packed leaves, at most.")] = None
     size: Annotated[str | None, option("SIZE", "Or bytes of everything that is written, at most: 25MB, 2GiB.")] = None

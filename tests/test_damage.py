@@ -171,7 +171,7 @@ def test_a_shard_lost_or_exchanged(tmp_path):
         load(path)
     shards[0].write_bytes(first)
     shards[1].unlink()
-    with pytest.raises(BTCFormatError, match="missing beside it"):
+    with pytest.raises(BTCFormatError, match="missing next to it"):
         load(path)
 
 

@@ -323,8 +323,8 @@ def test_outliers_leave_other_blocks_unharmed(count):
     rest[:, 0] = False
     for bits in (3.5, 4.5, 5.5):
         decoded = [np.asarray(btc_quantize({"kernel": w}, bits=bits)["kernel"].dequantize()) for w in (leaf, spoilt)]
-        plain, beside = (oracle.sqnr_db(leaf[rest], w[rest]) for w in decoded)
-        assert beside > plain - 1
+        plain, rounded = (oracle.sqnr_db(leaf[rest], w[rest]) for w in decoded)
+        assert rounded > plain - 1
         assert np.abs(decoded[1][:count, 0] - spoilt[:count, 0]).max() < 1e4 / 20  # 8 bits, in coarse ranges
 
 
@@ -337,8 +337,8 @@ def test_an_outlier_of_one_leaf_leaves_all_leaves_unharmed():
     for path, leaf in tree.items():
         rest = leaf == spoilt[path]
         rest[:, 5] = False
-        plain, beside = (oracle.sqnr_db(leaf[rest], np.asarray(d[path])[rest]) for d in decoded)
-        assert beside > plain - 1, path
+        plain, rounded = (oracle.sqnr_db(leaf[rest], np.asarray(d[path])[rest]) for d in decoded)
+        assert rounded > plain - 1, path
 
 
 def test_heavy_tails():
@@ -430,7 +430,7 @@ def test_reconstruct_is_quantize_and_decode():
 
 @pytest.mark.parametrize("codec", [Multilevel(), Multilevel(width="leaf")])
 def test_reconstruct_under_jit_refuses_what_adapts_to_a_target(codec):
-    with pytest.raises(TypeError, match=r"^kernel is traced, and Multilevel\(.* adapts to a target.*btc_allocate"):
+    with pytest.raises(TypeError, match=r"^kernel is traced, and Multilevel\(.* is rate-controlled.*btc_allocate"):
         jax.jit(functools.partial(btc_reconstruct, codec=codec))({"kernel": jnp.ones((64, 64))})
 
 

@@ -466,7 +466,7 @@ def test_sensitivities_predict_the_first_budget():
     result = by_bits(answers(divergence), max_kl=1e-3, sensitivity=known)
     assert len(result.trials) <= 3
     assert next(trial.kl for trial in result.trials) == pytest.approx(1e-3, rel=0.1)
-    with pytest.raises(ValueError, match="sensitivity says where bits go, and block sizes are searched"):
+    with pytest.raises(ValueError, match="sensitivity is for bits"):
         search(sensitivity=known)
 
 

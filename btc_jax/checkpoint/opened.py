@@ -165,7 +165,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         ...         print(list(checkpoint), checkpoint["b"])
         ['a/kernel', 'b'] [0. 0. 0. 0.]
     """
-    # The hub's cache has links to files of other names, so an index that is there is taken as it is named.
+    # The hub's cache has links to files of other names, so an index there is used under its own name.
     index = next((i for i in (index_of(Path(path)), index_of(real_path(path))) if i.is_file()), None)
     with _no_collector():
         return _open_file(real_path(path)) if index is None else _open_index(index)
@@ -226,4 +226,4 @@ def _open_shard(index: Path, name: str, handles: Handles) -> File:
     except (OSError, UnicodeEncodeError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise BTCFormatError(f"{index} names the file {name[:60]!a}, which is missing beside it") from error
+        raise BTCFormatError(f"{index} names the file {name[:60]!a}, which is missing next to it") from error

@@ -31,7 +31,7 @@ def rebuild(node: Any, paths: Sequence[str], leaves: Sequence[Any]) -> PyTree:
     rebuilding = _Rebuilding(paths, leaves)
     with refusing("the tree of the manifest"):
         tree = rebuilding.tree(node, 0)
-    if rebuilding.taken < len(leaves):
+    if rebuilding.used < len(leaves):
         raise BTCFormatError("the tree of the manifest leaves out some of its leaves")
     return tree
 
@@ -40,7 +40,7 @@ class _Rebuilding:
     """A tree that is being rebuilt: how many of its leaves are used, and the classes of its named tuples."""
 
     def __init__(self, paths: Sequence[str], leaves: Sequence[Any]):
-        self._paths, self._leaves, self.taken = paths, leaves, 0
+        self._paths, self._leaves, self.used = paths, leaves, 0
         self._named: dict[Any, Any] = {}
         self._folders = 0
 
@@ -61,9 +61,9 @@ class _Rebuilding:
         return self._container(kind, fields, items)
 
     def _leaf(self, number: int) -> Any:
-        if number != self.taken or number >= len(self._leaves):
+        if number != self.used or number >= len(self._leaves):
             raise BTCFormatError(f"the tree of the manifest has leaf {str(number)[:20]} out of its turn")
-        self.taken += 1
+        self.used += 1
         return self._leaves[number]
 
     def _container(self, kind: str, fields: list[Any], items: list[PyTree]) -> PyTree:
@@ -91,11 +91,11 @@ class _Rebuilding:
 
     def _by_paths(self, count: Any, above: Any) -> dict[str, Any]:
         """Nested dicts of the next leaves, by what their paths have after the first `above` parts."""
-        last = self.taken + count if type(count) is int else 0
-        if not self.taken < last <= len(self._leaves) or type(above) is not int or above < 0:
+        last = self.used + count if type(count) is int else 0
+        if not self.used < last <= len(self._leaves) or type(above) is not int or above < 0:
             raise BTCFormatError(f"the tree of the manifest has {str(count)[:20]} leaves by path, which are not there")
         root: dict[str, Any] = {}
-        for path, leaf in zip(self._paths[self.taken : last], self._leaves[self.taken : last], strict=True):
+        for path, leaf in zip(self._paths[self.used : last], self._leaves[self.used : last], strict=True):
             *folders, name = path.split("/", MAX_DEPTH + above)[above:]
             place = root
             for folder in folders:
@@ -103,7 +103,7 @@ class _Rebuilding:
             if type(place) is not dict or name in place or "/" in name:
                 raise BTCFormatError(f"the tree of the manifest has no place for leaf {path[:60]!r}")
             place[name] = leaf
-        self.taken = last
+        self.used = last
         return root
 
     def _folder(self, above: dict[str, Any], name: str) -> dict[str, Any]:

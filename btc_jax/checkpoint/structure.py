@@ -111,7 +111,7 @@ class _Describing:
         return self._other(tree, kind, keys, nodes, start), None
 
     def _dict(self, keys: list[Any], nodes: list[Any], relatives: list[Any], first: int) -> tuple[Any, Any]:
-        """The node of a dict: implied by the paths of its leaves where that gives back just it."""
+        """The node of a dict: implied by the paths of its leaves if that restores exactly it."""
         plain = nodes and all(relatives) and all(type(key) is str and "/" not in key for key in keys)
         if plain:
             inside = [(key, *rest) for key, relative in zip(keys, relatives, strict=True) for rest in relative]

@@ -90,7 +90,7 @@ def btc_search(
     if bits is not None and block_sizes != _SIZES:
         raise ValueError("both bits and block_sizes are given; search one of them, with the other in the codec")
     if bits is None and sensitivity is not None:
-        raise ValueError("sensitivity says where bits go, and block sizes are searched; search bits=(3, 6), say")
+        raise ValueError("sensitivity is for bits; search bits=(low, high) instead of block_sizes")
     error = (_RMSE if bits is None else None) if max_rmse == "auto" else max_rmse
     limits = Limits(error, max_drop, max_kl, min_agreement)
     if any(map(is_packed, flatten(params)[1])):
@@ -99,7 +99,7 @@ def btc_search(
     sharing = sharing_of(bits=ends and ends[1], sensitivity=sensitivity, taps=taps)
     policy = one_policy(codec, policy, sharing)
     if not ends and policy.codec and policy.codec.rate_controlled:
-        raise ValueError(f"{policy.codec!r} takes the bits it is given, whatever its blocks; search bits=(3, 6), say")
+        raise ValueError(f"{policy.codec!r} is rate-controlled; search bits=(low, high) instead of block_sizes")
     policies = [] if ends else _policies(policy, block_sizes)
     if ends:
         _refuse_unlimited(limits, evaluate)

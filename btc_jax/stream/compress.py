@@ -43,7 +43,7 @@ class QuantizedFile:
         rmse: root mean squared error over the packed weights, in their units.
         sqnr_db: signal to quantization noise over the packed leaves, in dB; infinite without error. Leaves without
             error are included.
-        seconds: time taken.
+        seconds: elapsed time.
     """
 
     leaves: int

@@ -134,8 +134,8 @@ def choices_of(
     if sharing.target is None or sharing.target.kind != "size":
         return choose(leaves, decisions, sharing)
     header = SimpleNamespace(nbytes=container_nbytes(tree, leaves, decisions, shards_of))
-    beside = Decision("the header of the file", None, "stored", "header")
-    return choose([*leaves, header], [*decisions, beside], sharing)[:-1]
+    own = Decision("the header of the file", None, "stored", "header")
+    return choose([*leaves, header], [*decisions, own], sharing)[:-1]
 
 
 def _trim_heap() -> None:
