@@ -26,7 +26,9 @@ def started(what, count, folder):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     line = [sys.executable, "-m", "tests.processes.program", what, str(count)]
+    devices = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    quiet |= {"env": os.environ | devices}
     return [subprocess.Popen([*line, str(i), str(port), str(folder)], **quiet) for i in range(count)]
 
 

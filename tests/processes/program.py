@@ -1,26 +1,17 @@
 """What each of several processes runs: python -m tests.processes.program WHAT COUNT INDEX PORT FOLDER."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
-WHAT, COUNT, INDEX, PORT, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // COUNT}"
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
 
-import jax  # noqa: E402
-
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{PORT}", COUNT, INDEX)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import AxisType  # noqa: E402
-
-import btc_jax  # noqa: E402
-from btc_jax.processes import is_spread, on_host  # noqa: E402
-from tests.processes.trees import GOALS, POLICY, spread  # noqa: E402
+import btc_jax
+from btc_jax.processes import is_spread, on_host
+from tests.processes.trees import GOALS, POLICY, spread
 
 
 def pack():
@@ -100,5 +91,10 @@ def save():
     return None
 
 
-result = {"pack": pack, "fail": fail, "save": save}[WHAT]()
-(FOLDER / f"{WHAT}-{COUNT}-{INDEX}.json").write_text(json.dumps(result))
+if __name__ == "__main__":
+    WHAT, COUNT, INDEX, PORT = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    FOLDER = Path(sys.argv[5])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{PORT}", COUNT, INDEX)
+    result = {"pack": pack, "fail": fail, "save": save}[WHAT]()
+    (FOLDER / f"{WHAT}-{COUNT}-{INDEX}.json").write_text(json.dumps(result))
