@@ -42,6 +42,9 @@ class Baseline:
 def uniform8() -> Baseline:
     """Uniform 8 bits between the extremes of the whole tensor (paper, section 2.3); float32 extremes.
 
+    Returns:
+        The quantizer, for `apply_baseline`.
+
     Examples:
         >>> uniform8().header_bits
         64
@@ -55,8 +58,15 @@ def percentile8(percentile: float = 99.9) -> Baseline:
     Args:
         percentile: weights above this percentile of their channel, and below 100 minus it, are clipped; in (50, 100].
 
+    Returns:
+        The quantizer, for `apply_baseline`.
+
     Raises:
         ValueError: if the percentile is out of range.
+
+    Examples:
+        >>> percentile8().name
+        'percentile8 (99.9 %)'
     """
     if not 50 < percentile <= 100:
         raise ValueError(f"percentile is {percentile}; it must be above 50 and at most 100")
@@ -66,8 +76,18 @@ def percentile8(percentile: float = 99.9) -> Baseline:
 def absmax4(group_size: int = 32) -> Baseline:
     """Symmetric 4 bits, -7 to 7, scaled by the largest magnitude of each group; float16 scale.
 
+    Args:
+        group_size: weights per group, 1 or more.
+
+    Returns:
+        The quantizer, for `apply_baseline`.
+
     Raises:
         ValueError: if the group size is below 1.
+
+    Examples:
+        >>> absmax4(64).bits, absmax4(64).group_size
+        (4, 64)
     """
     if group_size < 1:
         raise ValueError(f"group_size is {group_size}; it must be 1 or more")
@@ -76,6 +96,11 @@ def absmax4(group_size: int = 32) -> Baseline:
 
 def apply_baseline(params: PyTree, baseline: Baseline, *, policy: Policy | None = None) -> tuple[PyTree, TreeMetrics]:
     """Fake-quantize the leaves that `policy` packs (its codec is not used).
+
+    Args:
+        params: a pytree of jax or numpy arrays.
+        baseline: the quantizer.
+        policy: which leaves are quantized.
 
     Raises:
         BTCPolicyError: if a rule fits no leaf, or no leaf is packed.

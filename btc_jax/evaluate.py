@@ -59,6 +59,12 @@ def btc_logits(
 
     Raises:
         ValueError: if there are no examples, or `apply` does not return `[batch, ..., classes]`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> apply = lambda params, x: x @ params["kernel"]
+        >>> btc_logits(apply, {"kernel": jnp.ones((3, 2))}, jnp.ones((4, 3))).shape
+        (4, 2)
     """
     examples = count_examples(inputs)
     batch = min(batch_size, examples)

@@ -21,9 +21,10 @@ from btc_jax._typing import PyTree
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import from_arrays
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest, Tensor, parse_manifest
+from btc_jax.checkpoint.manifest import Manifest, parse_manifest
 from btc_jax.checkpoint.place import Device, Placing
 from btc_jax.checkpoint.rebuild import rebuild
+from btc_jax.checkpoint.record import LeafRecord, Tensor
 from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import FORMAT, open_metadata
 from btc_jax.checkpoint.ties import check_ties, home, shared, stored_one_by_one

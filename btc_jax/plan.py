@@ -148,6 +148,9 @@ def btc_plan(
         measure: read the values, allocate the bits, and count the blocks of each width. The sizes are then exact, to
             the byte.
 
+    Returns:
+        The plan: a row for each leaf, and the bytes of the tree before and after. It prints as a table.
+
     Raises:
         BTCPolicyError: if a rule fits no leaf.
         ValueError: if the target is unattainable, whatever the values.

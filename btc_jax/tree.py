@@ -141,6 +141,9 @@ def btc_dequantize(tree: PyTree, dtype: Any = None) -> PyTree:
         A tree with the structure, shapes and dtypes of the one that was quantized; float64 only under jax's x64 mode.
         A packed leaf at two paths is decoded once.
 
+    Raises:
+        TypeError: if the arrays of a packed leaf were changed, or do not fit each other.
+
     Examples:
         >>> import btc_jax, jax.numpy as jnp
         >>> params = {"kernel": jnp.linspace(-1, 1, 4096).reshape(64, 64)}
@@ -165,7 +168,15 @@ def btc_allocate(
     With that policy, `btc_quantize` packs the same tree the same way and other trees with the same paths alike, and
     `btc_reconstruct` can run inside `jax.jit`.
 
-    Args, raises: as `btc_quantize`.
+    Args:
+        params, codec, policy: as for `btc_quantize`.
+        bits, size, rmse, sqnr_db, sensitivity, taps: as for `btc_quantize`.
+
+    Returns:
+        The policy; it is data, and packs nothing by itself.
+
+    Raises:
+        ValueError, TypeError: as for `btc_quantize`.
 
     Examples:
         >>> import btc_jax, jax
@@ -190,7 +201,16 @@ def btc_reconstruct(params: PyTree, codec: Codec | None = None, *, policy: Polic
     gradient passes straight through, as if nothing had been rounded. Weights are not checked: NaN and infinity give
     NaN. Rate-controlled codecs need a policy from `btc_allocate` there.
 
-    Args, raises: as `btc_quantize`.
+    Args:
+        params: the float tree; it may be traced.
+        codec, policy: as for `btc_quantize`.
+
+    Returns:
+        The tree with the dense weights that the packed tree would decode to.
+
+    Raises:
+        BTCPolicyError: if a rule fits no leaf, or no leaf is packed.
+        TypeError: if a leaf is traced and its codec is rate-controlled.
 
     Examples:
         >>> import btc_jax, jax, jax.numpy as jnp

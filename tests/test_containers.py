@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from btc_jax import Policy, Uniform, btc_quantize, is_packed, load, save
 from btc_jax.checkpoint import BTCTreeWarning
 from btc_jax.packing import quantize_leaf
-from tests.test_checkpoint import same
+from tests.checkpoint_support import same
 
 PACKED = [quantize_leaf(jnp.linspace(-1, 1, 8 * n).reshape(n, 8), Uniform(8, threshold=0.1)) for n in (1, 3)]
 ARRAYS = [jnp.arange(3.0), jnp.ones((2, 1), jnp.bfloat16), np.zeros((0, 2)), np.arange(2, dtype=np.int64), *PACKED]

@@ -1,5 +1,6 @@
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,20 @@ def test_the_top_level_is_what_everybody_needs():
     }
     listed = (btc_jax.__doc__ or "").partition("is in the modules:")[2]
     assert {name for name in modules if f"`{name}`" in listed} >= {"baselines", "checkpoint", "metrics", "stream"}
+
+
+FUNCTIONS = [name for name, value in vars(btc_jax).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "is_packed"])  # which never raises
+def test_every_function_says_what_it_takes_returns_and_raises(name):
+    function = getattr(btc_jax, name)
+    lines = (inspect.getdoc(function) or "").splitlines()
+    sections = {line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")}
+    wanted = {"Returns", "Raises", "Examples"} | (
+        {"Args"} if len(inspect.signature(function).parameters) > 1 else set()
+    )
+    assert wanted <= sections
+    entries = lines[lines.index("Raises:") + 1 :]
+    entries = entries[: entries.index("")]
+    assert all(re.match(r"    ([\w, ]+: (if |as for )|    )", line) for line in entries), entries

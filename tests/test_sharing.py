@@ -25,7 +25,7 @@ from btc_jax import (
 )
 from btc_jax.allocate import sharing_of
 from btc_jax.policy.stacks import stacks
-from tests.test_allocate import all_bits, bits_of, tree_of
+from tests.allocate_support import all_bits, bits_of, tree_of
 from tests.test_multilevel import unchecked
 
 RNG = np.random.default_rng(0)

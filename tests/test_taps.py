@@ -15,7 +15,8 @@ from btc_jax.blocks import MAX_TAPS, axes, blocks_of, join, tap_sizes, with_taps
 from btc_jax.checkpoint import BTCFormatError
 from btc_jax.packing import quantize_leaf
 from tests import oracle
-from tests.test_multilevel import forged, same_bytes
+from tests.multilevel_support import same_bytes
+from tests.test_multilevel_leaves import forged
 
 SHAPES = [(), (7,), (0,), (0, 4), (4, 6), (5, 3, 2), (1, 4, 6), (3, 3, 4, 8), (0, 3, 3, 4), (2, 3, 3, 4, 5)]
 ORDERS: tuple[Order, ...] = ("output-major-taps", "stored-taps")

@@ -26,7 +26,13 @@ def register_backend(form: type[Format], platform: str, backend: Backend) -> Non
 
 
 def backend() -> str:
-    """One line that says what decodes packed weights on the CPUs of this process.
+    """What decodes packed weights on the CPUs of this process.
+
+    Returns:
+        One line, such as `"native kernels: avx512, /path/of/the/library.so"`, or the reason why there are none.
+
+    Raises:
+        ValueError: if the environment variable `BTC_JAX_NATIVE` has an unknown value.
 
     Examples:
         >>> backend().split(":")[0] in ("native kernels", "XLA")

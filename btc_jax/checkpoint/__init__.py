@@ -8,10 +8,10 @@ from btc_jax.checkpoint.errors import BTCIntegrityError as BTCIntegrityError
 from btc_jax.checkpoint.errors import BTCNotCompressedError as BTCNotCompressedError
 from btc_jax.checkpoint.errors import BTCTreeWarning as BTCTreeWarning
 from btc_jax.checkpoint.errors import BTCUnknownFormatError as BTCUnknownFormatError
-from btc_jax.checkpoint.manifest import LeafRecord as LeafRecord
 from btc_jax.checkpoint.read import Checkpoint as Checkpoint
 from btc_jax.checkpoint.read import Verification as Verification
 from btc_jax.checkpoint.read import load as load
 from btc_jax.checkpoint.read import open_checkpoint as open_checkpoint
 from btc_jax.checkpoint.read import verify as verify
+from btc_jax.checkpoint.record import LeafRecord as LeafRecord
 from btc_jax.checkpoint.write import save as save

@@ -9,7 +9,8 @@ import numpy as np
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError
 from btc_jax.checkpoint.files import crc32c, read_at
 from btc_jax.checkpoint.header import START, parse_header
-from btc_jax.checkpoint.manifest import Manifest, Tensor
+from btc_jax.checkpoint.manifest import Manifest
+from btc_jax.checkpoint.record import Tensor
 from btc_jax.checkpoint.text import MAX_TEXT
 
 MAX_OPEN = 64

@@ -5,7 +5,8 @@ from the manifest and compared. So names, dtypes, shapes and places of all tenso
 """
 
 from btc_jax.checkpoint.errors import BTCFormatError, BTCIntegrityError, BTCNotCompressedError
-from btc_jax.checkpoint.manifest import Manifest, Tensor, parse_manifest
+from btc_jax.checkpoint.manifest import Manifest, parse_manifest
+from btc_jax.checkpoint.record import Tensor
 from btc_jax.checkpoint.text import FORMAT, MAX_TEXT, open_signed, quoted, signed
 
 _PREFIX = '{"__metadata__":{'

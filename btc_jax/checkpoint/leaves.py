@@ -11,15 +11,9 @@ import numpy as np
 from btc_jax.checkpoint.dtypes import dtype_of, is_storable
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
 from btc_jax.checkpoint.files import crc32c
-from btc_jax.checkpoint.manifest import (
-    LeafRecord,
-    check_path,
-    check_shape,
-    dense_tensor,
-    key_tensor,
-    packed_tensor,
-)
+from btc_jax.checkpoint.manifest import check_path, check_shape, dense_tensor, key_tensor, packed_tensor
 from btc_jax.checkpoint.packed import arrays_of, check, format_json, from_bytes, stored_nbytes
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.text import canonical
 from btc_jax.formats import format_from_json
 from btc_jax.pieces import Cut

@@ -8,13 +8,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from btc_jax.checkpoint.dtypes import CODES as CODES
 from btc_jax.checkpoint.dtypes import DTYPES, dtype_of
 from btc_jax.checkpoint.errors import BTCFormatError, refusing
+from btc_jax.checkpoint.record import FIELDS, LeafRecord, Tensor
 from btc_jax.checkpoint.text import FORMAT as FORMAT
 from btc_jax.checkpoint.text import VERSION, canonical
 from btc_jax.pieces import MAX_PIECES
@@ -23,79 +22,9 @@ from btc_jax.seal import SEAL
 MAX_LEAVES = 2**17
 MAX_DIMENSIONS = 32
 
-ERRORS = ("rmse", "relative_rmse", "largest_error")
-"""The measured errors of a packed leaf, in the order of its record."""
-
-_FIELDS = {"packed": ("order", "codec"), "dense": (), "key": ("impl", "words"), "python": (), "tied": ()}
-"""What a format adds to kind and dtype."""
-
 _DTYPE = re.compile(r"[a-z]+[0-9a-z_]*|key<[0-9a-z_]+>")
 _CHECKSUM = re.compile(r"[0-9a-f]{8}")
 _NO_CHECKSUM = "0" * 8
-
-
-class Tensor(NamedTuple):
-    """One tensor of a safetensors file."""
-
-    name: str
-    code: str
-    shape: tuple[int, ...]
-    crc32c: str
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        return DTYPES[self.code]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.code].itemsize
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LeafRecord:
-    """What is stored for one leaf.
-
-    Attributes:
-        path: the leaf's path.
-        kind: `packed`, `dense` (an array), `key` (typed PRNG keys), `python` (a number or text of Python) or `tied`
-            (the same object as an earlier leaf, which is stored there).
-        shape, dtype: of the leaf.
-        tensors: the tensor that holds it; none for `python` and `tied`.
-        details: `codec`, `order` and, if it was measured, `error` of a packed leaf; `origin` of a dense one that holds
-            the bytes of another dtype; `impl` and `words` of keys; `value` of what is Python's; `of`, the path of the
-            leaf that a tied one is.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    dtype: str
-    tensors: tuple[Tensor, ...]
-    details: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored for the leaf."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def format(self) -> dict[str, Any]:
-        """What many leaves have in common."""
-        return {"kind": self.kind, "dtype": self.dtype} | {name: self.details[name] for name in _FIELDS[self.kind]}
-
-    def to_json(self, number: int) -> list[Any]:
-        """The record in a manifest in which its format has this number."""
-        if self.kind == "python":
-            return [self.path, number, self.details["value"]]
-        if self.kind == "tied":
-            return [self.path, number, self.shape, self.details["of"]]
-        fields = [self.path, number, self.shape, self.tensors[0].crc32c]
-        if self.kind == "packed":
-            error, cut = self.details.get("error"), self.details.get("cut")
-            errors = [error[name] for name in ERRORS] if error else None
-            more = [errors, *cut] if cut else [errors] if error else []
-            return [*fields, self.nbytes, *more]
-        return [*fields, *([self.details["origin"]] if "origin" in self.details else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +39,7 @@ class Manifest:
         numbers: dict[str, int] = {}
         leaves = []
         for leaf in self.leaves:
-            same = (leaf.kind, leaf.dtype, *(id(leaf.details[name]) for name in _FIELDS[leaf.kind]))
+            same = (leaf.kind, leaf.dtype, *(id(leaf.details[name]) for name in FIELDS[leaf.kind]))
             text = texts.get(same) or texts.setdefault(same, canonical(leaf.format))
             leaves.append(leaf.to_json(numbers.setdefault(text, len(numbers))))
         rest = canonical({"tree": self.tree, "leaves": leaves})
@@ -198,7 +127,7 @@ def error_of_list(values: Sequence[float | None]) -> dict[str, float | None]:
 
 def _checked_format(fields: Any) -> dict[str, Any]:
     kind, dtype = (fields.get("kind"), fields.get("dtype")) if isinstance(fields, dict) else (None, None)
-    if kind not in _FIELDS or list(fields) != ["kind", "dtype", *_FIELDS[kind]]:
+    if kind not in FIELDS or list(fields) != ["kind", "dtype", *FIELDS[kind]]:
         raise BTCFormatError(f"a leaf is of the unknown kind {str(fields)[:60]}")
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         raise BTCFormatError(f"a leaf has the unknown dtype {str(dtype)[:60]!a}")

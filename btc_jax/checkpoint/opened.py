@@ -17,9 +17,9 @@ from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.handles import File, Handles
 from btc_jax.checkpoint.index import Limits, check_index, index_of, parse_index
 from btc_jax.checkpoint.leaves import from_arrays
-from btc_jax.checkpoint.manifest import LeafRecord, Tensor
 from btc_jax.checkpoint.place import Device, Placing, placed
 from btc_jax.checkpoint.rebuild import rebuild
+from btc_jax.checkpoint.record import LeafRecord, Tensor
 from btc_jax.checkpoint.text import MAX_TEXT
 from btc_jax.checkpoint.ties import check_ties, home
 from btc_jax.checkpoint.write import real_path
@@ -152,6 +152,9 @@ class Checkpoint(Mapping[str, Any]):
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Open a checkpoint, in one file or in several, without reading its leaves.
+
+    Returns:
+        The open checkpoint, a context manager and a mapping from paths to leaves.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.

@@ -43,12 +43,23 @@ def load(
         device: a device or a sharding for all leaves, or a function of the path that returns one or `None`.
         checksums: compare all bytes with their checksums.
 
+    Returns:
+        The tree, or with `select` a flat dict of the selected leaves by path.
+
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         BTCFormatError: if it is not a compressed checkpoint, or its parts do not fit.
         BTCIntegrityError: if it is damaged; the message names the tensor.
         ValueError: if it does not fit `like` (every leaf that is missing, extra, or different is listed), or `select`
             matches nothing.
+
+    Examples:
+        >>> import btc_jax, jax.numpy as jnp, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = btc_jax.save(f"{folder}/net", {"a": {"kernel": jnp.ones(4)}, "bias": jnp.zeros(2)})
+        ...     tree, selected = load(f"{folder}/net"), load(f"{folder}/net", select="a/*")
+        >>> sorted(tree), list(selected)
+        (['a', 'bias'], ['a/kernel'])
     """
     if like is not None and select is not None:
         raise ValueError("both like and select are given; select returns a flat dict, so leave out one")
@@ -92,9 +103,20 @@ class Verification:
 def verify(path: PathLike) -> Verification:
     """Read all of a checkpoint, one leaf at a time, and check it against its checksums and for consistency.
 
+    Returns:
+        What was found, with `ok` for a checkpoint that is as it was saved; damaged leaves do not raise.
+
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         BTCFormatError, BTCIntegrityError: if the header itself is damaged.
+
+    Examples:
+        >>> import btc_jax, jax.numpy as jnp, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = btc_jax.save(f"{folder}/net", {"kernel": jnp.ones(4)})
+        ...     found = verify(f"{folder}/net")
+        >>> found.ok, found.leaves, found.nbytes
+        (True, 1, 16)
     """
     damaged, unknown = [], []
     with open_checkpoint(path) as checkpoint:

@@ -8,7 +8,7 @@ import numpy as np
 
 from btc_jax.checkpoint.errors import BTCFormatError
 from btc_jax.checkpoint.leaves import record_of, signed_leaf, to_arrays
-from btc_jax.checkpoint.manifest import LeafRecord
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.processes import is_spread, on_host
 from btc_jax.tensor import is_packed
 

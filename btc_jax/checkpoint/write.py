@@ -19,8 +19,9 @@ from btc_jax.checkpoint.header import header_of, parse_header
 from btc_jax.checkpoint.index import MAX_SHARDS, Limits, index_text, parse_index
 from btc_jax.checkpoint.index import SUFFIX as SUFFIX
 from btc_jax.checkpoint.index import index_of as index_of
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest
+from btc_jax.checkpoint.manifest import Manifest
 from btc_jax.checkpoint.rebuild import rebuild
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import MAX_TEXT
 from btc_jax.checkpoint.ties import StoredLeaf, records_of, stored_leaves, stored_one_by_one
@@ -47,6 +48,9 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, max_shard_bytes: int | N
         max_shard_bytes: split the leaves into files of at most this many bytes of data (a leaf is never split), with an
             index `PATH.index.json` as on the Hugging Face hub; `load(path)` finds it. `path` must end in
             `.safetensors`.
+
+    Returns:
+        The number of bytes written, in all files.
 
     Raises:
         TypeError: if a leaf or a key of the tree cannot be stored, or the arrays of a packed leaf were changed; the

@@ -36,6 +36,9 @@ def btc_metrics(
         quantized: what `btc_quantize` made of it.
         codec, policy: those given to `btc_quantize`; they tell the reasons of dense leaves.
 
+    Returns:
+        The figures of every leaf, and of all packed leaves together. It prints as a table.
+
     Raises:
         ValueError: if the trees differ in paths or shapes, are swapped, or nothing was quantized.
 

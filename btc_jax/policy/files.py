@@ -19,6 +19,9 @@ def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     Each is a table `[[rule]]` with the fields of `Rule`. A codec is `"dense"`, `"default"`, or a table of its `id` and
     of the fields that differ from their defaults.
 
+    Returns:
+        The rules, in the order of the file.
+
     Raises:
         FileNotFoundError: if there is no such file.
         BTCPolicyError: if it is not TOML, or a rule cannot be; the message names the file and the rule.

@@ -99,9 +99,21 @@ def report_files(
         baselines: as for `btc_report`.
         on_leaf: called after each leaf with its path and its bytes when dense.
 
+    Returns:
+        The report, as from `btc_report`.
+
     Raises:
         FileNotFoundError: if one of them does not exist.
         ValueError: if `after` is not compressed, one is damaged, or they differ in paths or shapes.
+
+    Examples:
+        >>> import btc_jax, numpy as np, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/net.npz", kernel=np.ones((64, 64), np.float32))
+        ...     _ = btc_jax.quantize_file(f"{folder}/net.npz", f"{folder}/small.safetensors")
+        ...     report = report_files(f"{folder}/net.npz", f"{folder}/small.safetensors", baselines=False)
+        >>> report.metrics.bytes_before, report.widths
+        (16384, {4: 64})
     """
     builder, rows = _Builder(baselines), []
     with open_any(before) as original, open_checkpoint(after) as compressed:

@@ -10,7 +10,8 @@ from typing import Any, Unpack
 from btc_jax.allocate import Goal, sharing_of
 from btc_jax.checkpoint.files import crc32c
 from btc_jax.checkpoint.leaves import to_arrays
-from btc_jax.checkpoint.manifest import ERRORS, LeafRecord, error_of_list
+from btc_jax.checkpoint.manifest import error_of_list
+from btc_jax.checkpoint.record import ERRORS, LeafRecord
 from btc_jax.checkpoint.structure import describe
 from btc_jax.checkpoint.text import canonical
 from btc_jax.checkpoint.ties import StoredLeaf
@@ -81,11 +82,22 @@ def quantize_file(
         max_shard_bytes: as for `save`.
         on_leaf: called after each leaf with its path and its bytes in the source.
 
+    Returns:
+        The number of leaves, bytes, bits and errors.
+
     Raises:
         ValueError: if the source cannot be read, a leaf holds what cannot be packed, or the target cannot be reached;
             before any work, if there are too many leaves for one file, or too many files.
         BTCPolicyError: if a rule fits no leaf, or none is packed.
         OSError: if the target could not be written.
+
+    Examples:
+        >>> import btc_jax, numpy as np, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/net.npz", kernel=np.ones((64, 64), np.float32))
+        ...     done = quantize_file(f"{folder}/net.npz", f"{folder}/small.safetensors")
+        >>> done.packed, done.bytes_before, round(done.effective_bits, 2)
+        (1, 16384, 4.52)
     """
     start, target, sharing = perf_counter(), real_path(target), sharing_of(**goal)
     check_target(target, max_shard_bytes)

@@ -9,7 +9,8 @@ from btc_jax._typing import PyTree
 from btc_jax.blocks import with_taps
 from btc_jax.checkpoint.header import header_of
 from btc_jax.checkpoint.index import SUFFIX, index_text
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest, dense_tensor, error_of_list, packed_tensor
+from btc_jax.checkpoint.manifest import Manifest, dense_tensor, error_of_list, packed_tensor
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.structure import describe
 from btc_jax.choices import cut_by
 from btc_jax.formats import Format

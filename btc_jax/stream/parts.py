@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from btc_jax.checkpoint.files import only_writer
-from btc_jax.checkpoint.manifest import LeafRecord, Manifest
+from btc_jax.checkpoint.manifest import Manifest
 from btc_jax.checkpoint.read import open_checkpoint, verify
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.ties import StoredLeaf
 from btc_jax.checkpoint.write import write_file
 

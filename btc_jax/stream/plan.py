@@ -37,11 +37,24 @@ def plan_file(
 ) -> Plan:
     """What `quantize_file` would do to each leaf. Values are read only for `measure`, which makes the sizes exact.
 
-    Args: as for `quantize_file` and `btc_plan`.
+    Args:
+        source, codec, policy, bits, size, rmse, sqnr_db, sensitivity, taps: as for `quantize_file`.
+        measure: as for `btc_plan`.
+
+    Returns:
+        The plan, as from `btc_plan`.
 
     Raises:
         ValueError, FileNotFoundError: if the source cannot be read, or the target is unattainable.
         BTCPolicyError: if a rule fits no leaf.
+
+    Examples:
+        >>> import numpy as np, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/net.npz", kernel=np.ones((64, 64), np.float32), bias=np.ones(64, np.float32))
+        ...     plan = plan_file(f"{folder}/net.npz", bits=4.5)
+        >>> plan.bytes_before, plan.bytes_max
+        (16640, 2560)
     """
     sharing = sharing_of(**goal)
     with open_source(source) as opened:

@@ -13,8 +13,8 @@ import numpy as np
 
 from btc_jax.checkpoint.errors import BTCFormatError
 from btc_jax.checkpoint.files import whole_file
-from btc_jax.checkpoint.manifest import LeafRecord
 from btc_jax.checkpoint.read import Checkpoint, open_checkpoint
+from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.text import canonical
 from btc_jax.checkpoint.write import index_of, real_path
 from btc_jax.sources import DTYPES, PACKED
@@ -42,10 +42,18 @@ class DequantizedFile:
 
 
 def dequantize_file(path: PathLike, target: PathLike, *, on_leaf: OnLeaf | None = None) -> DequantizedFile:
-    """Decodes a checkpoint into a plain safetensors file, with the original names and dtypes.
+    """Decode a checkpoint into a plain safetensors file, with the original names and dtypes.
 
     Typed PRNG keys are written as their uint32 data, Python numbers as arrays without axes, and arrays of a dtype that
     safetensors lacks as their bytes, along a new last axis. Text is left out. The result lists each of these.
+
+    Args:
+        path: a compressed checkpoint.
+        target: the file to write.
+        on_leaf: called after each leaf with its path and its bytes in the file.
+
+    Returns:
+        The number of leaves and bytes, and what is written as something else or left out.
 
     Raises:
         BTCFormatError: if the checkpoint cannot be read, or is damaged.

@@ -2,11 +2,11 @@
 
 import inspect
 
-from tests.hostile import headers, indexes, manifests, multilevel, packed, trees
+from tests.hostile import headers, indexes, leaves, manifests, multilevel, packed, trees
 
 LIES = {
     name: lie
-    for module in (headers, manifests, packed, multilevel, trees, indexes)
+    for module in (headers, manifests, leaves, packed, multilevel, trees, indexes)
     for name, lie in inspect.getmembers(module, inspect.isfunction)
     if lie.__module__ == module.__name__ and not name.startswith("_") and len(inspect.signature(lie).parameters) == 1
 }
