@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.checkpoint_sides import MB, REFERENCE, Operation, _packed, drop, layer, make_files, operations, size_of
+from benchmarks.checkpoint_sides import MB, REFERENCE, Operation, packed, drop, layer, make_files, operations, size_of
 from benchmarks.machine import measured_on
 from btc_jax.checkpoint.files import crc32c
 
@@ -55,7 +55,7 @@ def medians(folder: Path, rounds: int) -> tuple[dict[tuple[str, str], float], fl
     """Median seconds of each operation, and of the checksums of our file alone. Runs in a separate process."""
     seconds: dict[tuple[str, str], list[float]] = {}
     checksums = []
-    arrays = [np.asarray(array) for array in jax.tree.leaves(_packed(folder))]
+    arrays = [np.asarray(array) for array in jax.tree.leaves(packed(folder))]
     for _ in track(range(rounds + 1), "timing", console=Console(stderr=True), transient=True):
         for operation in operations(folder):
             seconds.setdefault((operation.kind, operation.side), []).append(_timed(operation, folder))

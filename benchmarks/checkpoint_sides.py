@@ -50,11 +50,11 @@ def operations(folder: Path) -> list[Operation]:
 def _saves(folder: Path) -> list[Operation]:
     ours, dense, items = folder / "ours.safetensors", folder / "dense.safetensors", folder / "orbax"
     rows = [
-        ("btc_jax", ours, _packed, btc_jax.save),
+        ("btc_jax", ours, packed, btc_jax.save),
         (REFERENCE, dense, _dense, _flushing(safetensors.flax.save_file)),
         ("safetensors numpy", dense, _dense_numpy, _flushing(safetensors.numpy.save_file)),
         ("orbax", items / "dense", _dense, _flushing(_orbax_save)),
-        ("btc_jax in orbax", items / "ours", _packed, _flushing(_btc_save)),
+        ("btc_jax in orbax", items / "ours", packed, _flushing(_btc_save)),
     ]
     return [Operation("save, fsync", side, files, given, _saver(save, files)) for side, files, given, save in rows]
 
@@ -99,7 +99,7 @@ def make_files(folder: Path, nbytes: int) -> None:
     safetensors.numpy.save_file(tree, folder / "dense.safetensors")
     btc_jax.save(folder / "ours.safetensors", btc_jax.btc_quantize(tree))
     _orbax_save(_dense(folder), folder / "orbax" / "dense")
-    _btc_save(_packed(folder), folder / "orbax" / "ours")
+    _btc_save(packed(folder), folder / "orbax" / "ours")
 
 
 def files_in(path: Path) -> Iterator[Path]:
@@ -151,7 +151,7 @@ def _dense_numpy(folder: Path) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _packed(folder: Path) -> Any:
+def packed(folder: Path) -> Any:
     return btc_jax.load(folder / "ours.safetensors")
 
 
