@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.checkpoint_sides import MB, REFERENCE, Operation, packed, drop, layer, make_files, operations, size_of
+from benchmarks.checkpoint_sides import MB, REFERENCE, Operation, drop, layer, make_files, operations, packed, size_of
 from benchmarks.machine import measured_on
 from btc_jax.checkpoint.files import crc32c
 
