@@ -166,13 +166,13 @@ def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."
     slope, codec = recipe.slope, recipe.codec
     if codec.slope is not None:  # so that a new value does not recompile
         slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
-    return _reconstructed(leaf, np.float32(slope), codec, recipe.form, recipe.order, recipe.cut)
+    return _compiled(leaf, np.float32(slope), codec, recipe.form, recipe.order, recipe.cut)
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "form", "order", "cut"))
-def _reconstructed(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order, cut: Cut | None) -> Array:
+def _compiled(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order, cut: Cut | None) -> Array:
     def one(leaf: Array) -> Array:
-        return _reconstruct(codec, form, order, leaf, slope)
+        return _fake_quantized(codec, form, order, leaf, slope)
 
     def pieces(leaf: Array) -> Array:
         assert cut is not None
@@ -185,7 +185,7 @@ def _reconstructed(leaf: Array, slope: Array, codec: Codec, form: Format, order:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _reconstruct(codec: Codec, form: Format, order: Order, leaf: Array, slope: Array) -> Array:
+def _fake_quantized(codec: Codec, form: Format, order: Order, leaf: Array, slope: Array) -> Array:
     blocks, spare = blocks_of(leaf, form.block_size, order), jnp.asarray(spare_of(leaf.size, form.block_size))
     count = blocks.shape[0]
     statistics = xla.in_chunks(statistics_of, form.block_size, count, blocks, spare)
@@ -201,9 +201,9 @@ def _reconstruct(codec: Codec, form: Format, order: Order, leaf: Array, slope: A
     return narrowed(join(jnp.where(fits, weights, jnp.nan), leaf.shape, order), leaf.dtype)
 
 
-@_reconstruct.defjvp
+@_fake_quantized.defjvp
 def _straight_through(codec: Codec, form: Format, order: Order, primals: Any, tangents: Any) -> Any:
-    return _reconstruct(codec, form, order, *primals), tangents[0]
+    return _fake_quantized(codec, form, order, *primals), tangents[0]
 
 
 def surveyed(blocks: Blocks, recipe: Recipe) -> tuple[LeafParams, LeafStatistics]:
