@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from btc_jax._mesh import refuse_staging
+from btc_jax._mesh import refuse_staging, staging
+from btc_jax.coding import has_one_width
 from btc_jax.policy import Decision, NothingPackedError
 from btc_jax.policy.decide import NOT_SMALLER
 from btc_jax.policy.kinds import split_path
@@ -19,15 +20,27 @@ _WEIGHTS = ("too small", NOT_SMALLER, "not in names", *REASONS)
 _UNALTERABLE = ("bool", "integer", "complex", "empty", "not an array", "already quantized")
 
 
+def refuse_mixed_widths_under_jit(leaves: Sequence[Any], decisions: Sequence[Decision]) -> None:
+    """Refuse leaves without values, and traced ones unless all their blocks have one width."""
+    traced = staging() or any(isinstance(leaf, Tracer) for leaf in leaves)
+    if not (traced and all(has_one_width(how.codec) for how in decisions if how.codec)):
+        refuse_without_values(leaves, decisions)
+
+
 def refuse_without_values(leaves: Sequence[Any], decisions: Sequence[Decision]) -> None:
     for leaf, decision in zip(leaves, decisions, strict=True):
+        if decision.codec is None:
+            continue
         if isinstance(leaf, Tracer):
             raise TypeError(
                 f"{decision.path} is traced by jax.jit, grad or vmap. btc_quantize reads the widths of the blocks "
-                "on the host: call it outside, or use btc_reconstruct inside"
+                "on the host: call it outside, use btc_reconstruct inside, or a codec of one width: Multilevel(width=4)"
             )
-        if decision.codec is not None and isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{decision.path} is a ShapeDtypeStruct, without values; btc_plan works on such trees, and so does "
+                "jax.eval_shape(lambda p: btc_quantize(p, Multilevel(width=4)), tree) with a codec of one width"
+            )
     refuse_staging(next((how.path for how in decisions if how.codec is not None), "the tree"))
 
 

@@ -26,6 +26,7 @@ from btc_jax.formats import Format
 from btc_jax.pieces import Cut, Index, cut_up, joined, parts_of
 from btc_jax.planes import plane_specs
 from btc_jax.processes import is_spread, together
+from btc_jax.seal import SEAL
 from btc_jax.sizes import packed_nbytes, padded_nbytes
 from btc_jax.tiles import Blocks, blocks_in, results
 
@@ -163,10 +164,55 @@ def count_widths(leaf: Any, recipe: Recipe) -> tuple[int, ...]:
 
 def reconstruct(leaf: Float[Array, "..."], recipe: Recipe) -> Float[Array, "..."]:
     """Fake quantization: `pack` and decode in one traced call. Its derivative is the identity (straight-through)."""
+    return _compiled(leaf, *_with_slope_apart(recipe))
+
+
+def _with_slope_apart(recipe: Recipe) -> tuple[Any, ...]:
+    """The slope as an argument, so that a new value does not recompile, and the static rest."""
     slope, codec = recipe.slope, recipe.codec
-    if codec.slope is not None:  # so that a new value does not recompile
+    if codec.slope is not None:
         slope, codec = codec.slope, dataclasses.replace(codec, slope=None)  # pyright: ignore[reportArgumentType]
-    return _compiled(leaf, np.float32(slope), codec, recipe.form, recipe.order, recipe.cut)
+    return np.float32(slope), codec, recipe.form, recipe.order, recipe.cut
+
+
+def has_one_width(codec: Codec) -> bool:
+    """Whether all blocks have the same width, whatever their weights, so that the shapes of packed arrays are known."""
+    return len(codec.formats) == 1 and len(codec.formats[0].widths) == 1
+
+
+def pack_traced(leaf: Any, recipe: Recipe) -> tuple[tuple[Array, ...], dict[str, Array], Array]:
+    """Planes, header and seal of a leaf that may be traced, in a format of one width. The seal is broken where weights
+    do not fit. Codes may differ from those of `pack` by the rounding of the leaf's statistics, which are float32 here.
+    """
+    return _packed_traced(leaf, *_with_slope_apart(recipe))
+
+
+@functools.partial(jax.jit, static_argnames=("codec", "form", "order", "cut"))
+def _packed_traced(leaf: Array, slope: Array, codec: Codec, form: Format, order: Order, cut: Cut | None) -> Any:
+    def one(leaf: Array) -> Any:
+        blocks, spare, numbers, leaf_params = _prepared(codec, form, order, leaf, slope)
+
+        def coded(blocks: Array, spare: Array, leaf_params: LeafParams) -> Any:
+            widths, codes, header = codec.encode(form, blocks, spare, leaf_params)
+            return xla.rows_of(form, widths, codes.astype(jnp.uint8), spare), widths, header
+
+        count = blocks.shape[0]
+        rows, widths, header = xla.in_chunks(coded, form.block_size, count, blocks, spare, leaf_params)
+        seal = jnp.where(codec.fits(header | leaf_params), SEAL, jnp.float16(jnp.nan))
+        return rows if count else (), form.pack_header(widths, header, numbers), seal
+
+    for _ in cut.pieces if cut else ():
+        one = jax.vmap(one)
+    return one(cut_up(leaf, cut) if cut else leaf)
+
+
+def _prepared(codec: Codec, form: Format, order: Order, leaf: Array, slope: Array) -> tuple[Any, Any, Any, Any]:
+    """Blocks and spare places of a leaf, its parameters, and the same for each block."""
+    blocks, spare = blocks_of(leaf, form.block_size, order), jnp.asarray(spare_of(leaf.size, form.block_size))
+    statistics = xla.in_chunks(statistics_of, form.block_size, blocks.shape[0], blocks, spare)
+    numbers = codec.leaf_params(form, whole(statistics, _ONE), statistics, _ONE, slope)
+    numbers = {name: jnp.float32(value) for name, value in numbers.items()}
+    return blocks, spare, numbers, {n: jnp.broadcast_to(value, blocks.shape[:1]) for n, value in numbers.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("codec", "form", "order", "cut"))
@@ -186,17 +232,13 @@ def _compiled(leaf: Array, slope: Array, codec: Codec, form: Format, order: Orde
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _fake_quantized(codec: Codec, form: Format, order: Order, leaf: Array, slope: Array) -> Array:
-    blocks, spare = blocks_of(leaf, form.block_size, order), jnp.asarray(spare_of(leaf.size, form.block_size))
-    count = blocks.shape[0]
-    statistics = xla.in_chunks(statistics_of, form.block_size, count, blocks, spare)
-    leaf_params = codec.leaf_params(form, whole(statistics, _ONE), statistics, _ONE, slope)
-    leaf_params = {name: jnp.broadcast_to(jnp.float32(value), (count,)) for name, value in leaf_params.items()}
+    blocks, spare, _, leaf_params = _prepared(codec, form, order, leaf, slope)
 
     def decoded(blocks: Array, spare: Array, leaf_params: LeafParams) -> tuple[Array, LeafParams]:
         widths, codes, header = codec.encode(form, blocks, spare, leaf_params)
         return form.decode(codes, form.grid(widths, header | leaf_params)), header
 
-    weights, header = xla.in_chunks(decoded, form.block_size, count, blocks, spare, leaf_params)
+    weights, header = xla.in_chunks(decoded, form.block_size, blocks.shape[0], blocks, spare, leaf_params)
     fits = codec.fits(header | leaf_params)
     return narrowed(join(jnp.where(fits, weights, jnp.nan), leaf.shape, order), leaf.dtype)
 

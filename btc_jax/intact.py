@@ -12,7 +12,7 @@ import numpy as np
 
 from btc_jax.formats import Format
 from btc_jax.planes import plane_specs, row_layout
-from btc_jax.seal import SEAL, broken_seal
+from btc_jax.seal import SEAL, UNFIT, broken_seal
 
 Described = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of an array."""
@@ -61,6 +61,8 @@ def _expected(form: Format, blocks: int) -> tuple[dict[str, Described], list[tup
 
 def _seal_changes(seal: Any) -> str:
     found = broken_seal(seal)
+    if found and np.isnan(found).all():
+        return UNFIT
     if found and not any(found):
         return (
             "its arrays became zeros, as the init of an optimizer makes them. Packed weights cannot be trained: train "

@@ -11,12 +11,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from btc_jax._mesh import like_leaf, refuse_staging
+from btc_jax._mesh import like_leaf, refuse_staging, staging
 from btc_jax._typing import Order
 from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
-from btc_jax.coding import Error, Packed, Recipe, pack
+from btc_jax.coding import Error, Packed, Recipe, pack, pack_traced
 from btc_jax.pieces import Cut, Index, padded, parts_of, stacked
 from btc_jax.processes import is_spread, together
 from btc_jax.seal import SEAL
@@ -70,12 +70,21 @@ def quantize_leaf(
 
 def packed_leaf(leaf: Any, recipe: Recipe, path: str) -> tuple[BTCTensor, Error | None]:
     """A packed array, and the error of its weights if known: see `Packed`."""
+    if isinstance(leaf, Tracer) or staging():
+        return _packed_traced(leaf, recipe), None
     if recipe.cut is not None:
         return packed_pieces(leaf, recipe, recipe.cut, path)
     planes, header, error = pack(leaf, recipe, path)
     planes, header, seal = like_leaf((planes, header, SEAL), leaf)
     dtype = np.dtype(leaf.dtype)
     return BTCTensor(planes, header, np.shape(leaf), dtype, recipe.form, recipe.order, seal), error
+
+
+def _packed_traced(leaf: Any, recipe: Recipe) -> BTCTensor:
+    planes, header, seal = pack_traced(leaf, recipe)
+    cut, shape = recipe.cut, np.shape(leaf)
+    piece, stacks = (cut.piece(shape), cut.stacks) if cut else (shape, None)
+    return BTCTensor(planes, header, piece, np.dtype(leaf.dtype), recipe.form, recipe.order, seal, stacks)
 
 
 def packed_pieces(leaf: Any, recipe: Recipe, cut: Cut, path: str) -> tuple[BTCTensor, Error | None]:

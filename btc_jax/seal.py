@@ -17,6 +17,8 @@ from jax.core import Tracer
 from btc_jax._typing import Array
 
 SEAL = np.array([37.53, -0.0123], np.float16)
+UNFIT = "weights that are NaN, infinite or too large for its header were packed under jax.jit"
+"""What is wrong with a leaf whose seal is NaN; outside of `jit` it would have been an error."""
 
 
 def is_intact(seal: Array) -> Array:
@@ -37,6 +39,8 @@ def broken_seal(seal: Any) -> list[Any]:
 
 def changed_arrays(shape: tuple[int, ...], what: str) -> str:
     """The message about a packed leaf of this shape whose arrays were changed."""
+    if what == UNFIT:
+        return f"a packed leaf of shape {shape} decodes to NaN: {what}; fix them, or leave the leaf dense with a rule"
     return (
         f"a packed leaf of shape {shape} was changed: {what}. Its arrays are codes, not weights, and functions of "
         "jax.tree reach into it; decode it first (btc_jax.btc_dequantize), or handle it as one with "

@@ -13,7 +13,7 @@ from btc_jax import coding
 from btc_jax._mesh import staging
 from btc_jax._paths import leaf_path
 from btc_jax._progress import tracked
-from btc_jax._refuse import refuse_beside_like, refuse_other_paths
+from btc_jax._refuse import refuse_beside_like, refuse_mixed_widths_under_jit, refuse_other_paths
 from btc_jax._refuse import refuse_nothing_to_do as refuse_nothing_to_do
 from btc_jax._refuse import refuse_without_values as refuse_without_values
 from btc_jax._ties import once, tie
@@ -108,7 +108,7 @@ def quantized(
 ) -> tuple[PyTree, dict[str, Error]]:
     """The packed tree and, by path, the errors of its leaves, as far as the encoder computed them."""
     leaves, decisions, treedef = decide(params, policy)
-    refuse_without_values(leaves, decisions)
+    refuse_mixed_widths_under_jit(leaves, decisions)
     refuse_nothing_to_do(leaves, decisions)
     recipes = choose(leaves, decisions, sharing)
     packed = once(_quantize, decisions, tracked(leaves, "quantizing", progress), recipes)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import chex
@@ -214,3 +215,51 @@ def test_a_target_for_a_tree_that_is_packed_is_refused():
     with pytest.raises(ValueError, match=r"^bits .*packed already.*btc_dequantize"):
         btc_quantize(packed, bits=8)
     assert btc_quantize(packed)["kernel"] is packed["kernel"]
+
+
+ONE_WIDTH = [
+    Multilevel(width=4),
+    Multilevel(width=0),
+    Multilevel(64, width=7),
+    Uniform(threshold=math.inf),
+    Uniform(32, threshold=0),
+]
+
+
+@pytest.mark.parametrize("codec", ONE_WIDTH, ids=repr)
+@pytest.mark.parametrize("shape", [(100, 70), (3, 3, 8, 16), (1, 2), (0, 4)])
+def test_a_codec_of_one_width_packs_under_jit(codec, shape):
+    tree = {"kernel": jax.random.normal(jax.random.key(0), shape), "bias": jnp.ones(3)}
+    policy = Policy(codec, rules=(Rule("kernel"),), min_size=0) if 0 not in shape else Policy(codec, rules=(Rule("*"),))
+    expected, function = btc_quantize(tree, policy=policy), lambda tree: btc_quantize(tree, policy=policy)
+    for packed in (jax.jit(function)(tree), jax.eval_shape(function, tree)):
+        assert jax.tree.structure(packed) == jax.tree.structure(expected)
+        found, wanted = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for t in (packed, expected))
+        assert jax.tree.leaves(found) == jax.tree.leaves(wanted)
+    decoded, wanted = (btc_dequantize(t) for t in (jax.jit(function)(tree), expected))
+    for found, exact in zip(arrays(decoded), arrays(wanted), strict=True):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6)
+
+
+def test_stacks_of_one_width_pack_under_jit():
+    policy = Policy(Multilevel(width=4), rules=(Rule("*", stack=0),))
+    tree = {"kernel": jax.random.normal(jax.random.key(1), (3, 64, 64)).astype(jnp.bfloat16)}
+    packed = jax.jit(lambda tree: btc_quantize(tree, policy=policy))(tree)
+    assert packed["kernel"].pieces == (3, 1, 1)
+    expected = btc_quantize(tree, policy=policy)["kernel"]
+    np.testing.assert_allclose(packed["kernel"][1].astype(float), expected[1].astype(float), rtol=0.01, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_decode_to_nan_under_jit():
+    def total(tree):
+        return btc_quantize(tree, Multilevel(width=4))["kernel"].sum()
+
+    infinite = {"kernel": jnp.full((64, 64), jnp.inf)}
+    assert jnp.isnan(jax.jit(total)(infinite))
+    with pytest.raises(TypeError, match="NaN, infinite or too large for its header"):
+        jax.block_until_ready(jax.jit(lambda tree: btc_quantize(tree, Multilevel(width=4)))(infinite))["kernel"].sum()
+
+
+def test_a_target_is_not_for_jit():
+    with pytest.raises(TypeError, match=r"kernel is traced.*a codec of one width"):
+        jax.jit(lambda tree: btc_quantize(tree, bits=4.5))({"bias": jnp.ones(3), "kernel": jnp.ones((64, 64))})

@@ -90,13 +90,18 @@ def _coded(
     widths, codes, header = encoder.encode(form, blocks, spare, leaf_params)
     # The barrier keeps XLA from computing the codes once for the planes and once for the errors.
     codes, widths, header = lax.optimization_barrier((codes.astype(jnp.uint8), widths, header))
-    is_weight = lax.broadcasted_iota(jnp.float32, codes.shape, 1) < form.block_size - spare[:, None]
-    rows = pack_planes(jnp.where(is_weight, codes, jnp.uint8(0)), widths, plane_specs(form.widths))
+    rows = rows_of(form, widths, codes, spare)
     stored = {name: leaf_params[name] for name in leaf_params} | header
     decoded = narrowed(form.decode(codes, form.grid(widths, stored)), dtype).astype(jnp.float32)
     errors = decoded - blocks
     noise = totals(jnp.square(errors / scale[:, None]), spare)
     return Encoded(rows, widths, header, noise, jnp.abs(errors).max(1))
+
+
+def rows_of(form: Format, widths: Any, codes: Any, spare: Any) -> tuple[Array, ...]:
+    """A row of every block in every plane, with zeros in spare places."""
+    is_weight = lax.broadcasted_iota(jnp.float32, codes.shape, 1) < form.block_size - spare[:, None]
+    return pack_planes(jnp.where(is_weight, codes, jnp.uint8(0)), widths, plane_specs(form.widths))
 
 
 @functools.partial(jax.jit, static_argnames=("form", "dtype"))

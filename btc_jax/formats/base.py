@@ -46,10 +46,8 @@ class Format(abc.ABC):
         """Names, shapes and dtypes of what `pack_header` returns for this many blocks."""
 
     @abc.abstractmethod
-    def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
-    ) -> dict[str, np.ndarray]:
-        """The header as it is stored, without a spare bit in its last byte, on the host.
+    def pack_header(self, widths: Any, header: Mapping[str, Any], leaf_params: Mapping[str, Any]) -> dict[str, Any]:
+        """The header as it is stored, without a spare bit in its last byte: on the host, or traceable for one width.
 
         Args:
             widths: bits per weight of each block, `u8[blocks]`.

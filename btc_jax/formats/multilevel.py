@@ -83,9 +83,7 @@ class MultilevelFormat(Format):
         number = jax.ShapeDtypeStruct((1,), jnp.dtype(jnp.float32))
         return {"centre": number, "header": jax.ShapeDtypeStruct((blocks,), jnp.dtype(jnp.uint8)), "step": number}
 
-    def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
-    ) -> dict[str, np.ndarray]:
+    def pack_header(self, widths: Any, header: Mapping[str, Any], leaf_params: Mapping[str, Any]) -> dict[str, Any]:
         return {**header, **{name: np.reshape(leaf_params[name], 1).astype(np.float32) for name in ("centre", "step")}}
 
     def unpack_header(self, stored: Mapping[str, Any], blocks: int) -> tuple[Any, dict[str, Any]]:

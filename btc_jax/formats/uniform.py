@@ -62,9 +62,7 @@ class UniformFormat(Format):
             return extremes
         return extremes | {"wide": jax.ShapeDtypeStruct((-(-blocks // 8),), jnp.dtype(jnp.uint8))}
 
-    def pack_header(
-        self, widths: np.ndarray, header: Mapping[str, np.ndarray], leaf_params: Mapping[str, Any]
-    ) -> dict[str, np.ndarray]:
+    def pack_header(self, widths: Any, header: Mapping[str, Any], leaf_params: Mapping[str, Any]) -> dict[str, Any]:
         if len(self.widths) == 1:
             return dict(header)
         return {**header, "wide": np.packbits(widths == self.widths[-1], bitorder="little")}
