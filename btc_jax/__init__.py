@@ -4,7 +4,7 @@ The tour, in the order in which the data flows:
 
 - `btc_quantize` packs the weights of any parameter tree, as a `Uniform` or `Multilevel` codec codes them and a `Policy`
   of `Rule`s selects them; models run on the result as it is. `btc_dequantize` decodes it, and `btc_reconstruct` does
-  both inside `jax.jit`. A packed leaf is a `BTCTensor`.
+  both inside `jax.jit`. A packed leaf is a `BTCTensor`; `quantize_leaf` makes one.
 - `btc_plan` looks ahead, `btc_allocate` keeps how bits were allocated, `btc_sensitivity` measures which leaves matter.
 - `fused` runs models from packed weights with one dense leaf at a time; `backend` tells what decodes them.
 - `btc_metrics` measures bits and errors, `btc_evaluate` answers, and `btc_report` shows all of it on a page.
@@ -43,6 +43,7 @@ from btc_jax.evaluate import btc_evaluate as btc_evaluate
 from btc_jax.evaluate import btc_logits as btc_logits
 from btc_jax.fusion import fused as fused
 from btc_jax.metrics import btc_metrics as btc_metrics
+from btc_jax.packing import quantize_leaf as quantize_leaf
 from btc_jax.plan import btc_plan as btc_plan
 from btc_jax.policy import Policy as Policy
 from btc_jax.policy import Rule as Rule

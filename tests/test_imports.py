@@ -189,6 +189,7 @@ def test_the_top_level_is_what_everybody_needs():
     assert names - modules == {
         *("btc_quantize", "btc_dequantize", "btc_reconstruct", "btc_allocate", "btc_plan", "btc_metrics", "btc_report"),
         *("btc_evaluate", "btc_logits", "btc_search", "btc_sensitivity", "fused", "backend", "BTCTensor", "is_packed"),
+        "quantize_leaf",
         *("save", "load", "open_checkpoint", "verify", "quantize_file", "dequantize_file", "plan_file"),
         *("Uniform", "Multilevel", "Policy", "Rule"),
     }
