@@ -40,7 +40,8 @@ class OneLineErrors(TyperGroup):
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "btc"
             command = f"btc {first}" if command == "btc" and first in self.commands else command
-            code = _fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)
+            message = error.format_message().rstrip(".")
+            code = _fail(f"{message}{' See' if message.endswith('?') else '; see'} {command} --help", 2)
         except (ValueError, OSError, TypeError, KeyError, ImportError) as error:
             code = _fail(_sentence(error), 2)
         sys.exit(code or 0)

@@ -54,7 +54,7 @@ def verify(file: File, as_json: AsJson = False) -> int:
 
     try:
         found = btc_jax.verify(file)
-        state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "all whole"
+        state = f"{len(found.damaged)} damaged; {_FROM_A_COPY}" if found.damaged else "undamaged"
     except BTCFormatError as error:
         if file.is_dir():
             raise

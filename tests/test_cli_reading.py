@@ -54,7 +54,7 @@ class TestInspect:
 
 class TestVerify:
     def test_a_whole_file(self, small):
-        assert "all whole" in btc("verify", small)[1]
+        assert "undamaged" in btc("verify", small)[1]
         assert as_json("verify", small)["ok"] is True
 
     def test_damage_is_listed(self, small, tmp_path):

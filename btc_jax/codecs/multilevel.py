@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from btc_jax._errors import ArgumentError
 from btc_jax._typing import Array, Float, UInt8
 from btc_jax.codecs.base import Codec, Coded, LeafParams, positive
 from btc_jax.codecs.statistics import TINY, BlockStatistics, LeafStatistics, Leaves, totals
@@ -89,21 +90,21 @@ class Multilevel(Codec):
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_size", integer("block_size", self.block_size))
         if not 16 <= self.block_size <= 256:
-            raise ValueError(f"block_size is {self.block_size}; it can be 16 to 256, and is best at 32 or 64")
+            raise ArgumentError("block_size", f"is {self.block_size}; it can be 16 to 256, and is best at 32 or 64")
         if self.width not in (None, "leaf"):
             object.__setattr__(self, "width", integer("width", self.width))
             if not 0 <= self.width <= 8:
-                raise ValueError(
-                    f"width is {self.width}; it can be 0 to 8 bits, 'leaf', or None for each block its own"
-                )
+                raise ArgumentError("width", f"is {self.width}; it can be 0 to 8 bits, or 'leaf'")
         if self.effort not in ("fast", "exhaustive"):
-            raise ValueError(f"effort is {self.effort!r}; it can be 'fast' or 'exhaustive'")
+            raise ArgumentError("effort", f"is {self.effort!r}; it can be 'fast' or 'exhaustive'")
         if self.slope is not None:
             if self.width is not None:
-                raise ValueError(f"slope is {self.slope!r} and width {self.width!r}; one decides the other: give one")
+                raise ArgumentError(
+                    "slope", f"is {self.slope!r} and width {self.width!r}; one decides the other: give one"
+                )
             object.__setattr__(self, "slope", positive("slope", self.slope))
             if not 1e-30 <= self.slope <= 1e30:
-                raise ValueError(f"slope is {self.slope!r}; it can be 1e-30 to 1e30")
+                raise ArgumentError("slope", f"is {self.slope!r}; it can be 1e-30 to 1e30")
 
     @property
     def formats(self) -> tuple[MultilevelFormat, ...]:

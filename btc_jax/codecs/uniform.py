@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from btc_jax._errors import ArgumentError
 from btc_jax._typing import Array, Float, UInt
 from btc_jax._xla import divide, rounded
 from btc_jax.codecs.base import Codec, Coded, LeafParams
@@ -78,7 +79,9 @@ class Uniform(Codec):
         for name in ("block_size", "low_bits", "high_bits"):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
         if not 2 <= self.block_size <= 2**16:
-            raise ValueError(f"block_size is {self.block_size}; a block holds at least 2 weights, and at most 65536")
+            raise ArgumentError(
+                "block_size", f"is {self.block_size}; a block holds at least 2 weights, and at most 65536"
+            )
         if not 1 <= self.low_bits < self.high_bits <= 8:
             raise ValueError(
                 f"low_bits is {self.low_bits} and high_bits is {self.high_bits}; "
@@ -87,7 +90,7 @@ class Uniform(Codec):
         if self.threshold != "auto":
             object.__setattr__(self, "threshold", _threshold(self.threshold))
         if self.header_dtype not in ("float16", "float32"):
-            raise ValueError(f"header_dtype is {self.header_dtype!r}; it can be 'float16' or 'float32'")
+            raise ArgumentError("header_dtype", f"is {self.header_dtype!r}; it can be 'float16' or 'float32'")
 
     @property
     def formats(self) -> tuple[UniformFormat]:
