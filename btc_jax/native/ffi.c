@@ -109,7 +109,7 @@ static const int64_t *extra(const int64_t *spec) { return spec + 10 + 4 * spec[9
 
 enum { PART = 1 << 16 };  // weights of a part
 
-// All weights. Beside the leaf: the number of pieces, the dtype to write, and the three numbers of `Columns`.
+// All weights. Besides the leaf: the number of pieces, the dtype to write, and the three numbers of `Columns`.
 EXPORTED XLA_FFI_Error *btc_ffi_decode(Frame *frame) {
   BEGIN;
   Decoding decoding;
@@ -135,7 +135,7 @@ static void multiply_part(void *work, int64_t part) {
   btc_kernels->multiply(p->leaf, &at, p->x, p->rows, p->inputs, p->outputs, first, last, p->y);
 }
 
-// x @ weights.T, float32. Beside the leaf: rows of x, columns of x. The last array is x.
+// x @ weights.T, float32. Besides the leaf: rows of x, columns of x. The last array is x.
 EXPORTED XLA_FFI_Error *btc_ffi_multiply(Frame *frame) {
   BEGIN;
   Leaf leaf;
@@ -160,7 +160,7 @@ static int by_row(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-// Some rows of a matrix, float32. Beside the leaf: how many, and columns. The last array holds their numbers, int32, each
+// Some rows of a matrix, float32. Besides the leaf: how many, and columns. The last array holds their numbers, int32, each
 // in bounds.
 EXPORTED XLA_FFI_Error *btc_ffi_rows(Frame *frame) {
   BEGIN;
@@ -201,7 +201,7 @@ static void tile_part(void *work, int64_t part) {
   btc_kernels->part(t->leaf, &at, t->start + from, count, t->out + from);
 }
 
-// Rows of a matrix that follow each other, float32. Beside the leaf: how many, and columns. The last array holds the number
+// Rows of a matrix that follow each other, float32. Besides the leaf: how many, and columns. The last array holds the number
 // of the first, int32.
 EXPORTED XLA_FFI_Error *btc_ffi_tile(Frame *frame) {
   BEGIN;
