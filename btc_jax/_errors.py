@@ -63,6 +63,9 @@ class Remedied(ValueError):
         remedy: what to do, in Python.
     """
 
+    problem: str
+    remedy: str
+
     def __init__(self, problem: str, remedy: str):
         super().__init__(problem, remedy)
         self.problem, self.remedy = problem, remedy

@@ -124,6 +124,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     } == {True}
 
 
+def test_rules_in_toml_can_be_loaded(tmp_path):
+    for block in blocks(ROOT / "docs" / "policy.md", "toml"):
+        (tmp_path / "rules.toml").write_text(block)
+        assert len(btc_jax.policy.load_rules(tmp_path / "rules.toml")) == 2
+
+
 def commands(page):
     lines = "".join(blocks(page, "bash")).splitlines()
     return [line for line in lines if line.strip() and not line.startswith("#")]

@@ -19,6 +19,9 @@ class BTCNotCompressedError(BTCFormatError):
         remedy: what writes a compressed one.
     """
 
+    problem: str
+    remedy: str
+
     def __init__(self, problem: str, remedy: str = "btc_jax.save and btc_jax.quantize_file write one"):
         super().__init__(f"{problem}; {remedy}")
         self.problem, self.remedy = problem, remedy

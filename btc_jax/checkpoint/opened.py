@@ -37,6 +37,8 @@ class Checkpoint(Mapping[str, Any]):
         records: what is stored for each leaf, by path.
     """
 
+    path: Path
+
     def __init__(self, path: Path, files: Sequence[File], tree: Any, handles: Handles):
         self.path, self._tree, self._handles = path, tree, handles
         self._files = files

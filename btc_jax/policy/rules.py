@@ -39,6 +39,9 @@ class NothingPackedError(Remedied, BTCPolicyError):
         pattern: that of a rule which packs it and leaves like it.
     """
 
+    reason: str
+    pattern: str
+
     def __init__(self, problem: str, remedy: str, reason: str = "", pattern: str = ""):
         super().__init__(problem, remedy)
         self.reason, self.pattern = reason, pattern

@@ -14,7 +14,7 @@ from btc_jax.codecs import Codec
 from btc_jax.policy import Policy
 from btc_jax.search.budgets import Budgets
 from btc_jax.search.record import SearchResult, message_of, status_of
-from btc_jax.search.trial import Evaluate, Judge, Limits, Outcome, answers_of
+from btc_jax.search.trial import Evaluate, Evaluator, Limits, Outcome, answers_of
 from btc_jax.tensor import is_packed
 from btc_jax.tree import flatten, one_policy
 
@@ -106,13 +106,13 @@ def btc_search(
     float_answers, failure = answers_of(evaluate, params)
     if not failure:
         limits.refuse_without_answers(float_answers)
-    judge = Judge(params, limits, evaluate, float_answers.accuracy)
+    evaluator = Evaluator(params, limits, evaluate, float_answers.accuracy)
     found: Iterable[Outcome] = ()
     if not failure:
         found = (
-            _fewer_bits(judge, policy, sharing, ends, tolerance, progress)
+            _fewer_bits(evaluator, policy, sharing, ends, tolerance, progress)
             if ends
-            else _larger_blocks(judge, policies, progress)
+            else _larger_blocks(evaluator, policies, progress)
         )
     unchecked = max_drop is not None and float_answers.accuracy is None and max_kl is None and min_agreement is None
     return _result(found, float_answers.accuracy, failure, ends, unchecked and not failure)
@@ -139,36 +139,36 @@ def _result(
     return SearchResult(status, message, best, tree, tuple(trials), baseline)
 
 
-def _larger_blocks(judge: Judge, policies: list[Policy], progress: bool) -> Iterator[Outcome]:
+def _larger_blocks(evaluator: Evaluator, policies: list[Policy], progress: bool) -> Iterator[Outcome]:
     for policy in tracked(policies, "searching block sizes", progress):
-        outcome = judge.judged(policy, Sharing())
+        outcome = evaluator.run(policy, Sharing())
         yield outcome
         if outcome.trial.violation:
             return
 
 
 def _fewer_bits(
-    judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float], tolerance: float, progress: bool
+    evaluator: Evaluator, policy: Policy, sharing: Sharing, ends: tuple[float, float], tolerance: float, progress: bool
 ) -> Iterator[Outcome]:
-    first = _predicted(judge, policy, sharing, ends)
-    budgets = Budgets(*ends, tolerance, first, judge.limits.predictable)
+    first = _predicted(evaluator, policy, sharing, ends)
+    budgets = Budgets(*ends, tolerance, first, evaluator.limits.predictable)
     for _ in tracked(range(budgets.most), "searching bits", progress):
         if (bits := budgets.next()) is None:
             return
-        outcome = judge.judged(policy, _of_bits(sharing, bits))
+        outcome = evaluator.run(policy, _of_bits(sharing, bits))
         yield outcome
         if outcome.failure:
             return
         budgets.tell(bits, outcome.trial.ok, outcome.needs)
 
 
-def _predicted(judge: Judge, policy: Policy, sharing: Sharing, ends: tuple[float, float]) -> float | None:
+def _predicted(evaluator: Evaluator, policy: Policy, sharing: Sharing, ends: tuple[float, float]) -> float | None:
     """The budget at which measured sensitivities predict the divergence to reach its limit; see `sensitivity`."""
-    known, limit = sharing.sensitivity, judge.limits.max_kl
+    known, limit = sharing.sensitivity, evaluator.limits.max_kl
     if isinstance(known, str) or not limit:
         return None
     middle = (ends[0] + ends[1]) / 2
-    leaves = judge.packed(policy, _of_bits(sharing, middle))[1].leaves
+    leaves = evaluator.packed(policy, _of_bits(sharing, middle))[1].leaves
     errors = {leaf.path: leaf.measures.rmse**2 * leaf.measures.weights for leaf in leaves if leaf.measures}
     kl = sum(known[path] * error for path, error in errors.items()) / 2
     return min(max(middle + 0.5 * math.log2(kl / limit), ends[0]), ends[1]) if 0 < kl < math.inf else None

@@ -142,7 +142,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Tries configurations on one float tree, whose accuracy is `baseline`."""
 
     params: PyTree
@@ -150,7 +150,7 @@ class Judge:
     evaluate: Evaluate | None
     baseline: float | None
 
-    def judged(self, policy: Policy, sharing: Sharing) -> Outcome:
+    def run(self, policy: Policy, sharing: Sharing) -> Outcome:
         start = time.perf_counter()
         assert policy.codec, "one_policy comes first"
         tree, metrics = self.packed(policy, sharing)
