@@ -32,7 +32,8 @@ from btc_jax.metrics import (
 )
 from btc_jax.policy import Decision, LeafSpec, Policy
 from btc_jax.report.histogram import histogram
-from btc_jax.report.records import BaselineFigures, LeafDetails, Report
+from btc_jax.report.records import BaselineFigures, LeafDetails
+from btc_jax.report.report import Report
 from btc_jax.tables import codec_cell
 from btc_jax.tensor import BTCTensor, is_packed
 from btc_jax.tree import one_policy

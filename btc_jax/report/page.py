@@ -7,7 +7,7 @@ from typing import Any
 
 from btc_jax.metrics import LeafMetrics, Measures
 from btc_jax.report.histogram import LIMIT, Histogram
-from btc_jax.report.records import Report
+from btc_jax.report.records import Figures
 from btc_jax.tables import printable, shape_cell
 
 ROWS = 1000
@@ -16,7 +16,7 @@ _WORST = 20
 _PICTURED = 12
 
 
-def page_of(report: Report) -> str:
+def page_of(report: Figures) -> str:
     """The report as one HTML document."""
     from jinja2 import Environment, PackageLoader, StrictUndefined  # not whenever the library is imported
 
@@ -28,7 +28,7 @@ def page_of(report: Report) -> str:
     return environment.get_template("page.html").render(_contents(report)) + "\n"
 
 
-def _contents(report: Report) -> dict[str, Any]:
+def _contents(report: Figures) -> dict[str, Any]:
     metrics, packed = report.metrics, report.packed
     blocks = max(sum(report.widths.values()), 1)
     return {
@@ -52,7 +52,7 @@ def _contents(report: Report) -> dict[str, Any]:
     }
 
 
-def _leaf(report: Report, leaf: LeafMetrics) -> dict[str, Any]:
+def _leaf(report: Figures, leaf: LeafMetrics) -> dict[str, Any]:
     assert leaf.measures is not None
     details, most = report.details[leaf.path], max(report.widths)
     blocks = max(sum(details.widths.values()), 1)

@@ -3,14 +3,11 @@
 import dataclasses
 import functools
 import math
-import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from rich.table import Table
 
-from btc_jax.checkpoint.files import whole_file
 from btc_jax.metrics import LeafMetrics, Measures, TreeMetrics, jsonable
 from btc_jax.report.histogram import EDGES, Histogram
 from btc_jax.tables import Drawn
@@ -50,8 +47,8 @@ class BaselineFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report(Drawn):
-    """What quantization saved and cost. `print` shows the metrics as a table, `save` writes the page.
+class Figures(Drawn):
+    """What quantization saved and cost, without the page that shows it.
 
     Attributes:
         before, after: names of the original and of the packed tree.
@@ -116,20 +113,3 @@ class Report(Drawn):
         ax.set_xlabel("weight over the root mean square of its leaf")
         ax.set_ylabel("weights")
         ax.legend()
-
-    def html(self) -> str:
-        """The page: self-contained, for light and dark screens of any width."""
-        from btc_jax.report.page import page_of
-
-        return page_of(self)
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the page; an existing file is replaced only once the new one is whole.
-
-        Raises:
-            OSError: if the file cannot be written.
-        """
-        text = self.html()
-        with whole_file(Path(path)) as file:
-            file.write(text.encode())
-        return Path(path)
