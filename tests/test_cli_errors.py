@@ -49,6 +49,9 @@ def wrong_options():
     yield "btc plan --help", ("--bits", "x")
     yield "btc: --size is '9QB'", ("--size", "9QB")
     yield "btc: --sqnr is 0.0", ("--sqnr", "0")
+
+
+def wrong_codecs():
     yield "--codec 'foo' is unknown; it can be uniform or multilevel", ("--codec", "foo")
     yield "--threshold is an option of --codec uniform, and a target", ("--threshold", "auto", "--bits", "5")
     yield "--low-bits is an option of --codec uniform, not of multi", ("--low-bits", "3", "--codec", "multilevel")
@@ -73,7 +76,7 @@ def wrong_options():
 
 
 class TestOneLine:
-    @pytest.mark.parametrize(("says", "options"), list(wrong_options()))
+    @pytest.mark.parametrize(("says", "options"), [*wrong_options(), *wrong_codecs()])
     def test_wrong_options(self, source, says, options):
         assert says in refused("plan", source, *options)
 
