@@ -31,6 +31,8 @@ from btc_jax.sizes import packed_nbytes, padded_nbytes
 from btc_jax.tiles import Blocks, blocks_in, results
 
 _ONE = Leaves()
+_CHUNK = 2**20
+"""Weights that are searched at once for those that do not fit."""
 
 
 class Recipe(NamedTuple):
@@ -268,11 +270,12 @@ def _is_transformed(leaf: Any, recipe: Recipe) -> bool:
 
 def what_does_not_fit(leaf: Any, codec: Codec | None = None) -> str:
     """What is wrong with a leaf that cannot be packed, and the remedy."""
-    leaf = np.asarray(leaf).astype(np.float32)
-    not_finite = int(np.sum(~np.isfinite(leaf)))
-    if not_finite:
-        return f"{not_finite} of {leaf.size} weights are NaN or infinite; fix them, or leave the leaf dense with a rule"
-    largest = float(np.abs(leaf).max())
+    flat = blocks_in(leaf, _CHUNK, "stored").flat
+    chunks = (np.asarray(flat[i : i + _CHUNK], np.float32) for i in range(0, flat.size, _CHUNK))
+    counts, tops = zip(*((np.sum(~np.isfinite(chunk)), np.abs(chunk).max()) for chunk in chunks), strict=True)
+    if not_finite := int(sum(counts)):
+        return f"{not_finite} of {flat.size} weights are NaN or infinite; fix them, or leave the leaf dense with a rule"
+    largest = float(max(tops))
     if largest > 1e36 or codec is None:
         return f"weights as large as {largest:g} leave no room to calculate in float32; scale them, or leave them dense"
     size = "as large as" if largest > 1 else "no larger than"

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from btc_jax._typing import PyTree
 from btc_jax.formats import Format
+from btc_jax.large import LargeLeaf
 from btc_jax.planes import fitted, plane_specs, row_layout
 from btc_jax.processes import is_spread
 from btc_jax.seal import SEAL
@@ -109,6 +110,8 @@ def shard_shape(leaf: Any) -> tuple[int, ...]:
 def parts_of(leaf: Any, cut: Cut) -> Mapping[Index, Any]:
     """The pieces that this process has: on their devices if the leaf is sharded, otherwise on the host."""
     shape = tuple(leaf.shape)
+    if isinstance(leaf, LargeLeaf):
+        return _PartsInFile(leaf, cut)
     if shard_shape(leaf) == shape:
         whole = leaf if isinstance(leaf, jax.Array) and len(leaf.devices()) == 1 else np.asarray(leaf)
         return {index: whole[cut.slices(index, shape)] for index in cut.indices()}
@@ -124,6 +127,22 @@ def parts_of(leaf: Any, cut: Cut) -> Mapping[Index, Any]:
             own = tuple(i - start for i, start in zip(index, first, strict=True))
             found.setdefault(index, data[here.slices(own, shard.data.shape)])
     return found
+
+
+class _PartsInFile(Mapping[Index, np.ndarray]):
+    """The pieces of a leaf that is not in memory, each read when it is asked for."""
+
+    def __init__(self, leaf: LargeLeaf, cut: Cut):
+        self._leaf, self._cut = leaf, cut
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return self._leaf[self._cut.slices(index, self._leaf.shape)]
+
+    def __iter__(self) -> Iterator[Index]:
+        return self._cut.indices()
+
+    def __len__(self) -> int:
+        return self._cut.total
 
 
 def _bounds(part: slice, size: int, count: int) -> tuple[int, int]:
@@ -151,6 +170,8 @@ class Parts:
         self._leaf, self._cut, self._parts = leaf, cut, dict[Index, Any]()
 
     def read(self, index: Index) -> Any:
+        if isinstance(self._leaf, LargeLeaf):
+            return parts_of(self._leaf, self._cut)[index]
         if index not in self._parts:
             self._parts = dict(parts_of(self._leaf, self._cut))
         return self._parts.pop(index)

@@ -19,6 +19,7 @@ from btc_jax._mesh import gathered
 from btc_jax._typing import Array, Order
 from btc_jax.backends.xla import is_large, tile_rows
 from btc_jax.blocks import axes, flattened, spare_of, tap_sizes, transformed
+from btc_jax.large import LargeLeaf, Panels
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -32,8 +33,8 @@ class Blocks:
     """Blocks of a leaf, or of several.
 
     Attributes:
-        flat: the numbers that run through them: on the host in any floating dtype, on an accelerator in float32. The
-            last block may be short.
+        flat: the numbers that run through them: on the host or in a file in any floating dtype, on an accelerator in
+            float32. The last block may be short.
         spare: how many places of each block are padding, with its last weight, `f32[blocks]`.
         block_size: weights per block.
         device: where programs run; `None` for JAX's default.
@@ -66,6 +67,9 @@ class Blocks:
 def blocks_in(leaf: Any, block_size: int, order: Order) -> Blocks:
     """The blocks of a leaf with values."""
     device = None
+    if isinstance(leaf, LargeLeaf) and not tap_sizes(leaf.shape, order):
+        flat = Panels(leaf, order)
+        return Blocks(flat, spare_of(flat.size, block_size), block_size)
     if isinstance(leaf, jax.Array):
         leaf = gathered(leaf)
         (device,) = leaf.devices()

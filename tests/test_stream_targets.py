@@ -120,11 +120,11 @@ def test_one_leaf_is_in_memory_at_a_time(tmp_path, monkeypatch):
     save_file({f"{i}.weight": rng.standard_normal(shape, np.float32) for i in range(5)}, tmp_path / "m.safetensors")
     read, before, most, reads = SafetensorsSource.read, [], 0, []
 
-    def watched(self, path):
+    def watched(self, path, *box):
         nonlocal most
         gc.collect()
         most = max(most, sum(leaf() is not None for leaf in before), large_arrays(shape))
-        leaf = read(self, path)
+        leaf = read(self, path, *box)
         before.append(weakref.ref(leaf))
         reads.append(path)
         return leaf
@@ -145,10 +145,10 @@ def test_samples_of_leaves_are_small(tmp_path, monkeypatch):
     save_file({f"{i}.weight": np.ones((600, 1000), np.float32) * i for i in range(3)}, tmp_path / "m.safetensors")
     start, kept, read = sum(array.nbytes for array in jax.live_arrays()), [], SafetensorsSource.read
 
-    def watched(self, path):
+    def watched(self, path, *box):
         gc.collect()
         kept.append(sum(array.nbytes for array in jax.live_arrays()) - start)
-        return read(self, path)
+        return read(self, path, *box)
 
     monkeypatch.setattr(SafetensorsSource, "read", watched)
     quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", bits=4.5)

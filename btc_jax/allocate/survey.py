@@ -15,6 +15,7 @@ from btc_jax.allocate.sample import Sample, energies, samples_of
 from btc_jax.blocks import with_taps
 from btc_jax.codecs import BlockStatistics, Codec, LeafStatistics, Leaves
 from btc_jax.codecs.statistics import whole
+from btc_jax.large import LargeLeaf
 from btc_jax.processes import together
 from btc_jax.tiles import blocks_in
 
@@ -87,11 +88,11 @@ def surveys(item: Item, total: int, taps: bool = True) -> list[Survey]:
     Raises:
         ValueError: if a weight is NaN, infinite, or too large to calculate with.
     """
-    transformed = (
-        with_taps(item.shape, item.order) if taps and item.allow_transform and item.codec.rate_controlled else None
-    )
     leaf = item.read()
-    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)  # read once, for both orders
+    leaf = leaf if isinstance(leaf, jax.Array | LargeLeaf) else np.asarray(leaf)  # read once, for both orders
+    # The transform mixes all taps, which need not be in one panel.
+    free = taps and item.allow_transform and item.codec.rate_controlled and not isinstance(leaf, LargeLeaf)
+    transformed = with_taps(item.shape, item.order) if free else None
     orders: list[Order] = [item.order] if transformed is None else [item.order, transformed]
     return [_survey(item, leaf, order, total) for order in orders]
 

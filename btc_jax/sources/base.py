@@ -18,6 +18,7 @@ import numpy as np
 
 from btc_jax._paths import leaf_path
 from btc_jax._typing import PyTree
+from btc_jax.large import Box
 from btc_jax.sources.kinds import Foreign
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -89,6 +90,8 @@ class Source(abc.ABC):
     """
 
     compressed = False
+    reads_parts = False
+    """Whether a part of a leaf is read without the rest of it."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -98,8 +101,12 @@ class Source(abc.ABC):
         if twice:
             raise ValueError(f"{file} holds two leaves named {twice[0]!r}; rename one and save it again")
 
-    def read(self, path: str) -> np.ndarray:
+    def read(self, path: str, box: Box = ()) -> np.ndarray:
         """The values of one leaf, of the shape and dtype that `leaves` tells; nothing else is kept in memory.
+
+        Args:
+            path: the leaf.
+            box: the part to read, as slices without steps, and indices; all of it by default.
 
         Raises:
             ValueError: if there is no such leaf, its bytes are damaged, or the source is closed.
@@ -110,7 +117,8 @@ class Source(abc.ABC):
                 f"{self.file} has no leaf {path!r}; {', '.join(near) or 'none, as it is closed'} can be read"
             )
         leaf = self._by_path[path]
-        return self._read(leaf) if leaf.origin is None else _bytes_of(self._read(leaf))
+        values = self._read(leaf, box)
+        return values if leaf.origin is None else _bytes_of(values)
 
     @property
     def torch_layout(self) -> bool:
@@ -149,7 +157,7 @@ class Source(abc.ABC):
         """The leaves of `self.file`."""
 
     @abc.abstractmethod
-    def _read(self, leaf: SourceLeaf) -> np.ndarray: ...
+    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray: ...
 
 
 def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> SourceLeaf:

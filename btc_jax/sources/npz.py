@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 
+from btc_jax.large import Box
 from btc_jax.sources.base import AGAIN, Origin, Source, SourceLeaf, bytes_leaf, leaf_of, nbytes_of, readable
 
 MAX_DEFLATE = 1032  # deflate cannot shrink further, so a larger claimed size is false
@@ -45,13 +46,13 @@ class NpzSource(Source):
             raise ValueError(f"{self.file}: {path} has another size than {dtype}{list(shape)}; {AGAIN}")
         return leaf
 
-    def _read(self, leaf: SourceLeaf) -> np.ndarray:
+    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
         with readable(self.file, f"is damaged at {leaf.path}"), self._zip.open(f"{leaf.path}.npy") as stream:
             if leaf.note == _PICKLED:
                 member = stream.read()  # never opened
-                return np.frombuffer(bytearray(member[len(member) - leaf.shape[0] :]), np.uint8)
+                return np.frombuffer(bytearray(member[len(member) - leaf.shape[0] :]), np.uint8)[*box, ...]
             values = np.lib.format.read_array(stream, allow_pickle=False)
-            return values.astype(values.dtype.newbyteorder("="), copy=False)
+            return values.astype(values.dtype.newbyteorder("="), copy=False)[*box, ...]
 
     def close(self) -> None:
         super().close()

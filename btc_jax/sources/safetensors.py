@@ -1,5 +1,6 @@
 """safetensors files, one or the shards of a Hugging Face index."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from btc_jax.checkpoint.manifest import FORMAT
+from btc_jax.large import Box
 from btc_jax.sources import kinds
 from btc_jax.sources.base import (
     AGAIN,
@@ -30,6 +32,8 @@ from btc_jax.sources.base import (
 class SafetensorsSource(Source):
     """One safetensors file, or the shards of an index. Plain reads: no page of a mapping stays in memory."""
 
+    reads_parts = True
+
     def __init__(self, file: Path, shards: Sequence[Path] = ()):
         self._shards = shards
         self.places: dict[str, tuple[Path, int]] = {}
@@ -47,18 +51,40 @@ class SafetensorsSource(Source):
                 self.places[leaf.path] = shard, offset
                 yield leaf
 
-    def _read(self, leaf: SourceLeaf) -> np.ndarray:
+    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
         file, offset = self.places[leaf.path]
-        values = np.empty(nbytes_of(leaf), np.uint8)
-        rest = values.data
+        shape, starts = _runs(leaf.shape, box)
+        values = np.empty((len(starts), math.prod(shape) // max(len(starts), 1) * leaf.dtype.itemsize), np.uint8)
         with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            while rest:
-                count = stream.readinto(rest)
-                if not count:
+            for start, run in zip(starts.tolist(), values, strict=True):
+                stream.seek(offset + start * leaf.dtype.itemsize)
+                if not _fill(stream, run.data):
                     raise ValueError(f"{file} ends inside of {leaf.path}: it was cut after it was opened; {AGAIN}")
-                rest = rest[count:]
-        return values.view(leaf.dtype).reshape(leaf.shape)
+        whole = values.reshape(-1).view(leaf.dtype).reshape(shape)
+        return whole[*(0 if isinstance(part, int) else slice(None) for part in box), ...]
+
+
+def _runs(shape: tuple[int, ...], box: Box) -> tuple[list[int], np.ndarray]:
+    """The shape of a part of an array, indexed axes included with length 1, and where its weights lie: the starts of
+    runs of equal length, the longest there are."""
+    parts = [slice(i, i + 1) if isinstance(i, int) else i for i in box] + [slice(None)] * (len(shape) - len(box))
+    ranges = [range(*part.indices(size)) for part, size in zip(parts, shape, strict=True)]
+    lengths = list(map(len, ranges))
+    cut = max((axis for axis, size in enumerate(shape) if lengths[axis] < size), default=0)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    places = [np.arange(found.start, found.stop) * stride for found, stride in zip(ranges, strides, strict=True)]
+    first = [own[:1] if axis >= cut else own for axis, own in enumerate(places)]
+    return lengths, functools.reduce(np.add.outer, first, np.int64(0)).reshape(-1)
+
+
+def _fill(stream: Any, rest: memoryview) -> bool:
+    """Reads until the memory is full; whether the file had enough."""
+    while rest:
+        count = stream.readinto(rest)
+        if not count:
+            return False
+        rest = rest[count:]
+    return True
 
 
 def open_index(index: Path) -> Source:

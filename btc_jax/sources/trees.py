@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from btc_jax.checkpoint.manifest import FORMAT
+from btc_jax.large import Box
 from btc_jax.sources.base import Origin, Source, SourceLeaf, bytes_leaf, flat, leaf_of, readable, unknown
 
 
@@ -22,8 +23,8 @@ class MsgpackSource(Source):
         self._values = {path: _array(leaf) for path, leaf in zip(paths, leaves, strict=True)}
         return [_describe(self.file, *pair) for pair in zip(paths, leaves, strict=True)]
 
-    def _read(self, leaf: SourceLeaf) -> np.ndarray:
-        return self._values[leaf.path]
+    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+        return self._values[leaf.path][*box, ...]
 
     def close(self) -> None:
         super().close()
@@ -70,8 +71,8 @@ class OrbaxSource(Source):
     def files(self) -> Sequence[Path]:
         return sorted(file for file in self.file.rglob("*") if file.is_file())
 
-    def _read(self, leaf: SourceLeaf) -> np.ndarray:
-        return _array(self._restored(self._found[self.leaves.index(leaf)], leaf.path))
+    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+        return _array(self._restored(self._found[self.leaves.index(leaf)], leaf.path))[*box, ...]
 
     def _restored(self, leaf: Any, path: str) -> Any:
         here = next(i for i, found in enumerate(self._found) if found is leaf)

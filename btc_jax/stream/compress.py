@@ -19,6 +19,7 @@ from btc_jax.checkpoint.write import check_readable, check_target, real_path, wr
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
 from btc_jax.formats import check_registered
+from btc_jax.large import LargeLeaf
 from btc_jax.metrics import Measures, Storage, error_of, jsonable, storage_of
 from btc_jax.packing import packed_leaf
 from btc_jax.policy import Decision, Policy
@@ -160,7 +161,7 @@ def _finish(parts: Parts, i: int, leaf: LazyLeaf, choice: Recipe | None, on_leaf
 
 def _compress(lazy: LazyLeaf, choice: Recipe | None) -> StoredLeaf:
     """The record of a leaf, with its error if it is packed, and its arrays."""
-    path, leaf = lazy.path, lazy.read()
+    path, leaf = lazy.path, lazy if isinstance(lazy, LargeLeaf) else lazy[()]
     if choice is None:
         record, arrays = to_arrays(path, leaf)
         return dataclasses.replace(record, details=record.details | origin_json(lazy.origin)), arrays

@@ -17,6 +17,7 @@ from btc_jax.allocate import Goal, Sharing, sharing_of
 from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
+from btc_jax.large import LARGE, Box, LargeLeaf
 from btc_jax.plan import Plan, plan_of
 from btc_jax.policy import Decision, Policy
 from btc_jax.sizes import leaf_nbytes
@@ -124,16 +125,23 @@ class LazyLeaf:
         self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
         self.nbytes, self.origin = leaf_nbytes(leaf), leaf.origin
 
-    def read(self) -> np.ndarray:
+    def __getitem__(self, box: Box) -> np.ndarray:
         _trim_heap()
-        return self._source.read(self.path)
+        return self._source.read(self.path, box)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read()
+        return self[()]
+
+
+class _LargeLazyLeaf(LazyLeaf, LargeLeaf):
+    """One that is read in parts."""
 
 
 def lazy_leaves(source: Source, leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[LazyLeaf]:
-    return [LazyLeaf(source, how.path, leaf) for leaf, how in zip(leaves, decisions, strict=True)]
+    pairs = list(zip(leaves, decisions, strict=True))
+    large = [source.reads_parts and how.codec is not None and leaf_nbytes(leaf) >= LARGE for leaf, how in pairs]
+    kinds = [_LargeLazyLeaf if one else LazyLeaf for one in large]
+    return [kind(source, how.path, leaf) for kind, (leaf, how) in zip(kinds, pairs, strict=True)]
 
 
 def choices_of(
