@@ -10,7 +10,7 @@ from btc_jax.allocate import Item, Sharing, allocate
 from btc_jax.blocks import check_order
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
-from btc_jax.pieces import Cut, Parts, cut_of, is_here
+from btc_jax.pieces import Cut, Parts, is_here
 from btc_jax.policy import Decision
 from btc_jax.sizes import leaf_nbytes
 
@@ -22,11 +22,9 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
     Args:
         leaves: arrays, packed leaves, or objects that `jnp.asarray` reads again each time.
     """
-    cuts = {how.path: cut_by(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if how.codec}
     for leaf, how in zip(leaves, decisions, strict=True):
         if how.codec is not None:
-            cut = cuts[how.path]
-            check_order(how.order, cut.piece(leaf.shape) if cut else leaf.shape, how.path)
+            check_order(how.order, how.cut.piece(leaf.shape) if how.cut else leaf.shape, how.path)
     separate = [(leaf, how) for leaf, how in zip(leaves, decisions, strict=True) if not how.tied_to]
     packed = [(leaf, how) for leaf, how in separate if how.codec is not None]
     shared = (
@@ -40,30 +38,26 @@ def choose(leaves: Sequence[Any], decisions: Sequence[Decision], sharing: Sharin
             "is asked for, but all leaves are packed already; decode the tree first: btc_dequantize(params)",
         )
     if shared:
-        items = [item for leaf, how in shared for item in _items(leaf, how, cuts[how.path])]
+        items = [item for leaf, how in shared for item in _items(leaf, how)]
         choices: dict[str, list[Recipe]] = {how.path: [] for _, how in shared}
         for item, choice in zip(items, allocate(items, sharing, other_nbytes=dense), strict=True):
             choices[item.path].append(choice)
-        found = {path: _of_leaf(parts, cuts[path]) for path, parts in choices.items()}
+        found = {how.path: _of_leaf(choices[how.path], how.cut) for _, how in shared}
     recipes = [how.codec and found.get(how.tied_to or how.path) for how in decisions]
     return [
-        recipe or (how.codec and _plain(how.codec, how.order, cuts[how.path]))
+        recipe or (how.codec and _plain(how.codec, how.order, how.cut))
         for recipe, how in zip(recipes, decisions, strict=True)
     ]
 
 
-def cut_by(leaf: Any, how: Decision) -> Cut | None:
-    """How a leaf is cut into pieces."""
-    return cut_of(leaf, how.path, how.stacks, how.pieces)
-
-
-def _items(leaf: Any, how: Decision, cut: Cut | None) -> list[Item]:
+def _items(leaf: Any, how: Decision) -> list[Item]:
     """The leaf, or each of its pieces."""
     assert how.codec is not None
     whole = Item(how.path, lambda: leaf, leaf.shape, how.codec, how.order, how.allow_transform, how.weight)
     whole = whole._replace(matrix=whole.size // max(how.stack, 1))
-    if cut is None:
+    if how.cut is None:
         return [whole]
+    cut = how.cut
     parts, here = Parts(leaf, cut), is_here(leaf, cut)
     piece = whole._replace(shape=cut.piece(leaf.shape))
     return [

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from btc_jax._typing import PyTree
 from btc_jax.formats import Format
 from btc_jax.large import LargeLeaf
+from btc_jax.leafspec import LeafSpec
 from btc_jax.planes import fitted, plane_specs, row_layout
 from btc_jax.processes import is_spread
 from btc_jax.seal import SEAL
@@ -64,13 +65,13 @@ class Cut(NamedTuple):
         )
 
 
-def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...] | None = None) -> Cut | None:
+def cut_of(leaf: LeafSpec, stacks: tuple[int, ...], pieces: tuple[int, ...] | None = None) -> Cut | None:
     """How a leaf is cut: into its shards, along its stacks, and into the requested pieces. `None` for a whole one.
 
     Raises:
         ValueError: if a leaf cannot be cut that way.
     """
-    shape = tuple(leaf.shape)
+    path, shape = leaf.path, leaf.shape
     if 0 in shape:
         return None
     shards = [size // part for size, part in zip(shape, shard_shape(leaf), strict=True)]
@@ -89,13 +90,12 @@ def cut_of(leaf: Any, path: str, stacks: tuple[int, ...], pieces: tuple[int, ...
             )
     if math.prod(counts) > MAX_PIECES:
         raise ValueError(f"{path} would be cut into {math.prod(counts):,} pieces; {MAX_PIECES:,} are the most")
-    return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 or _has_spec(leaf) else None
+    return Cut(tuple(counts), stacks) if stacks or max(counts, default=1) > 1 or _has_spec(leaf.sharding) else None
 
 
-def _has_spec(leaf: Any) -> bool:
-    """Whether the sharding of a leaf names axes of a mesh, even of a single device: the names must still fit once it is
+def _has_spec(sharding: Any) -> bool:
+    """Whether a sharding names axes of a mesh, even of a single device: the names must still fit once the leaf is
     packed."""
-    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and any(name is not None for name in sharding.spec)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from btc_jax._ties import first_paths
 from btc_jax._typing import PyTree
 from btc_jax.allocate import Goal, Target, default_target, sharing_of
-from btc_jax.choices import choose, cut_by
+from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe, nbytes_of
 from btc_jax.formats import Format
@@ -253,7 +253,7 @@ def _packed_range(leaf: Any, how: Decision, choice: Recipe | None) -> tuple[int,
     if choice:
         exact = nbytes_of(leaf, choice)
         return exact, exact
-    cut = cut_by(leaf, how)
+    cut = how.cut
     count, size = (cut.total, math.prod(cut.piece(leaf.shape))) if cut else (1, math.prod(leaf.shape))
     forms = how.codec.formats if how.codec else ()
     ends = [count * nbytes_of_one_width(form, size, form.widths[end]) for form in forms for end in (0, -1)]

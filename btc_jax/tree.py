@@ -23,9 +23,10 @@ from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Error, Recipe
 from btc_jax.fit import check_room, leaves_like, with_room
+from btc_jax.leafspec import LeafSpec
 from btc_jax.packing import packed_leaf
 from btc_jax.pieces import Cut
-from btc_jax.policy import BTCPolicyError, Decision, LeafSpec, Policy, Rule, implied_codec
+from btc_jax.policy import BTCPolicyError, Decision, Policy, Rule, implied_codec
 from btc_jax.policy.stacks import named_in_boxes
 from btc_jax.policy.training import by_container
 from btc_jax.tensor import is_packed
@@ -267,10 +268,13 @@ def one_policy(codec: Codec | None, policy: Policy | None, sharing: Sharing | No
 
 def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     if is_packed(leaf):
-        return LeafSpec(path, leaf.shape, leaf.dtype, "already quantized", training)
+        return LeafSpec(path, leaf.shape, leaf.dtype, note="already quantized", training=training)
+    if isinstance(leaf, LeafSpec):
+        return dataclasses.replace(leaf, training=training)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-        return LeafSpec(path, leaf.shape, leaf.dtype, getattr(leaf, "note", ""), training)
-    return LeafSpec(path, (), None, "", training)
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+        return LeafSpec(path, tuple(leaf.shape), leaf.dtype, sharding, training=training)
+    return LeafSpec(path, (), None, training=training)
 
 
 def _quantize(how: Decision, leaf: Any, recipe: Recipe | None) -> tuple[Any, Error | None]:

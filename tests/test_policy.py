@@ -15,7 +15,7 @@ from btc_jax import (
     btc_metrics,
     btc_quantize,
 )
-from btc_jax.policy import LeafSpec
+from btc_jax.leafspec import LeafSpec
 from tests.policy_support import BIG as BIG
 from tests.policy_support import as_users_run_it as as_users_run_it
 from tests.policy_support import reasons as reasons

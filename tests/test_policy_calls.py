@@ -26,7 +26,8 @@ from btc_jax import (
     plan_file,
     quantize_file,
 )
-from btc_jax.policy import BTCPolicyError, LeafSpec
+from btc_jax.leafspec import LeafSpec
+from btc_jax.policy import BTCPolicyError
 from btc_jax.policy.rules import first_matches
 from tests.policy_support import BIG as BIG
 from tests.policy_support import as_users_run_it as as_users_run_it

@@ -13,7 +13,8 @@ from btc_jax import (
     btc_plan,
     btc_quantize,
 )
-from btc_jax.policy import BTCPolicyError, LeafSpec
+from btc_jax.leafspec import LeafSpec
+from btc_jax.policy import BTCPolicyError
 from tests.policy_support import BIG as BIG
 from tests.policy_support import as_users_run_it as as_users_run_it
 from tests.policy_support import reasons as reasons

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from btc_jax.sources import Origin, SourceLeaf, open_source
+from btc_jax.leafspec import LeafSpec, Origin
+from btc_jax.sources import open_source
 from tests.sources_support import DTYPES as DTYPES
 from tests.sources_support import arrays as arrays
 from tests.sources_support import assert_holds as assert_holds
@@ -55,7 +56,7 @@ class TestSafetensors:
         )
         (tmp_path / "x.safetensors").write_bytes(data)
         with open_source(tmp_path / "x.safetensors") as source:
-            leaf = SourceLeaf("a", (nbytes,), np.dtype(np.uint8), Origin(code, (2, 4)))
+            leaf = LeafSpec("a", (nbytes,), np.dtype(np.uint8), note=code, origin=Origin(code, (2, 4)))
             assert (source.leaves[0], leaf.note) == (leaf, code)
             assert source.read("a").tolist() == list(range(nbytes))
             assert source.read("b").tobytes() == bytes(range(nbytes, nbytes + 8))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btc_jax.sources import Origin, SourceLeaf, open_source
+from btc_jax.leafspec import LeafSpec, Origin
+from btc_jax.sources import open_source
 from tests.sources_support import NATIVE as NATIVE
 from tests.sources_support import Unpickled as Unpickled
 from tests.sources_support import arrays as arrays
@@ -44,7 +45,7 @@ class TestNpz:
         monkeypatch.setattr(np.lib.format, "read_array", None)
         start = bytes_read()
         with open_source(tmp_path / "x.npz") as source:
-            assert source.leaves[1] == SourceLeaf("b", (2, 2), np.dtype("f8"))
+            assert source.leaves[1] == LeafSpec("b", (2, 2), np.dtype("f8"))
         assert bytes_read() - start < 40_000
 
     def test_pickles_are_not_opened(self, tmp_path):

@@ -4,7 +4,6 @@ what a path says (kinds), what belongs to the training (training) and what the u
 """
 
 from btc_jax.policy.decide import Decision as Decision
-from btc_jax.policy.decide import LeafSpec as LeafSpec
 from btc_jax.policy.decide import Policy as Policy
 from btc_jax.policy.decide import implied_codec as implied_codec
 from btc_jax.policy.files import load_rules as load_rules

@@ -5,12 +5,13 @@ import difflib
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import jax.numpy as jnp
 
 from btc_jax._typing import Order
 from btc_jax.codecs import Codec, Multilevel, Uniform
+from btc_jax.leafspec import LeafSpec
+from btc_jax.pieces import Cut, cut_of
 from btc_jax.policy.kinds import collection_of, kind_of, normalized_by_linen, order_of, split_path
 from btc_jax.policy.rules import BTCPolicyError, NotFloatingError, Rule, check_order, first_matches, is_number
 from btc_jax.policy.stacks import stacks
@@ -25,33 +26,6 @@ _DTYPES = {"b": "bool", "i": "integer", "u": "integer", "c": "complex"}
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafSpec:
-    """What a policy knows of a leaf.
-
-    Attributes:
-        path: the keys of the leaf joined by `/`.
-        shape: its shape.
-        dtype: its dtype; `None` for what is not an array.
-        note: why the leaf cannot be quantized whatever the policy says, or empty.
-        stacks: axes that the box around the leaf names as those of layers or experts.
-        training: the part of the training that the containers around the leaf say it is, such as "optimizer state";
-            empty for a parameter, or if only the path can tell.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: Any
-    note: str = ""
-    training: str = ""
-    stacks: tuple[int, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The last key of the path."""
-        return self.path.rsplit("/", 1)[-1]
-
-
-@dataclasses.dataclass(frozen=True)
 class Decision:
     """What a policy decides about one leaf.
 
@@ -63,8 +37,7 @@ class Decision:
         allow_transform: the allocator may switch to the layout with transformed taps if that lowers the cost.
         weight: how much its squared error counts.
         stack: how many matrices of one shape it holds, such as layers stacked for a scan.
-        stacks: the axes along which it is cut into matrices, each packed by itself.
-        pieces: numbers of pieces along its axes, where a rule names them.
+        cut: how it is cut into pieces, each packed by itself; `None` for a leaf that is whole.
         tied_to: path of an earlier leaf that is the same array, and is packed or kept for both; or empty.
     """
 
@@ -75,8 +48,7 @@ class Decision:
     allow_transform: bool = False
     weight: float = 1.0
     stack: int = 1
-    stacks: tuple[int, ...] = ()
-    pieces: tuple[int, ...] | None = None
+    cut: Cut | None = None
     tied_to: str = ""
 
 
@@ -140,6 +112,7 @@ class Policy:
 
         Raises:
             BTCPolicyError: if a rule decides about no leaf, or asks to quantize one that is not floating.
+            ValueError: if a leaf cannot be cut as a rule or its sharding asks.
         """
         paths = [leaf.path for leaf in leaves]
         numbers = first_matches(self.rules, paths)
@@ -168,10 +141,9 @@ class Policy:
         reason = obstacle or (f"rule {number}" if number else "default")
         order: Order = rule.order or self.order or order_of(leaf.path)
         allow_transform = not (number and rule.order)
-        stacks = () if obstacle else _stack_axes(leaf, rule, number)
-        pieces = None if obstacle else rule.pieces
         codec = None if obstacle else codec
-        return Decision(leaf.path, codec, order, reason, allow_transform, rule.weight, stacks=stacks, pieces=pieces)
+        cut = cut_of(leaf, _stack_axes(leaf, rule, number), rule.pieces) if codec else None
+        return Decision(leaf.path, codec, order, reason, allow_transform, rule.weight, cut=cut)
 
     def _not_by_default(self, leaf: LeafSpec, codec: Codec | None) -> str:
         """Why the default leaves a floating leaf dense, or an empty string."""
@@ -223,8 +195,8 @@ def _stack_axes(leaf: LeafSpec, rule: Rule, number: int) -> tuple[int, ...]:
 def _counted(decision: Decision, leaf: LeafSpec, stack: int) -> Decision:
     """The decision with the number of its matrices: along the axes that a rule names, or guessed from names and
     shapes."""
-    named = math.prod(leaf.shape[axis] for axis in decision.stacks)
-    return dataclasses.replace(decision, stack=named if decision.stacks else stack)
+    axes = decision.cut.stacks if decision.cut else ()
+    return dataclasses.replace(decision, stack=math.prod(leaf.shape[axis] for axis in axes) if axes else stack)
 
 
 def _becomes_smaller(leaf: LeafSpec, codec: Codec) -> bool:

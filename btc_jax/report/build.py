@@ -18,6 +18,7 @@ from btc_jax.checkpoint import open_checkpoint
 from btc_jax.checkpoint.ties import home
 from btc_jax.codecs import Codec
 from btc_jax.compare import AnyCheckpoint, dense_nbytes, open_any
+from btc_jax.leafspec import LeafSpec
 from btc_jax.metrics import (
     LeafMetrics,
     LeafRow,
@@ -30,7 +31,7 @@ from btc_jax.metrics import (
     tied_row,
     tree_metrics,
 )
-from btc_jax.policy import Decision, LeafSpec, Policy
+from btc_jax.policy import Decision, Policy
 from btc_jax.report.histogram import histogram
 from btc_jax.report.records import BaselineFigures, LeafDetails
 from btc_jax.report.report import Report

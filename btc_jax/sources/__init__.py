@@ -9,9 +9,7 @@ from btc_jax.sources import kinds
 from btc_jax.sources.base import DTYPES as DTYPES
 from btc_jax.sources.base import KINDS, MAX_HEADER, refuse, unknown
 from btc_jax.sources.base import PACKED as PACKED
-from btc_jax.sources.base import Origin as Origin
 from btc_jax.sources.base import Source as Source
-from btc_jax.sources.base import SourceLeaf as SourceLeaf
 from btc_jax.sources.npz import NpzSource
 from btc_jax.sources.safetensors import SafetensorsSource, open_index
 from btc_jax.sources.trees import MsgpackSource, OrbaxSource, orbax_item
@@ -23,7 +21,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Supported are a safetensors file; a Hugging Face folder of them, or its `*.safetensors.index.json`; the `.npz` of
     `numpy.savez`, never with pickles; the item or step folder of an Orbax checkpoint (needs the extra `orbax`).
     A Flax msgpack file is read too, but only as a whole: it takes its own size in memory until it is closed.
-    Leaves that are not arrays of numbers that numpy can hold are read as their bytes: see `SourceLeaf.origin`.
+    Leaves that are not arrays of numbers that numpy can hold are read as their bytes: see `LeafSpec.origin`.
 
     Raises:
         FileNotFoundError: if the path, or a shard that its index names, does not exist.
@@ -36,8 +34,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.savez(f"{folder}/net.npz", kernel=np.ones((2, 3), np.float32))
         ...     with open_source(f"{folder}/net.npz") as source:
-        ...         print(source.leaves[0], source.read("kernel").sum())
-        SourceLeaf(path='kernel', shape=(2, 3), dtype=dtype('float32'), origin=None) 6.0
+        ...         print(source.leaves[0].shape, source.read("kernel").sum())
+        (2, 3) 6.0
     """
     file = Path(path)
     if not file.exists():

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from btc_jax._paths import leaf_path
 from btc_jax._typing import PyTree
 from btc_jax.large import Box
+from btc_jax.leafspec import LeafSpec, Origin
 from btc_jax.sources.kinds import Foreign
 
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -48,35 +49,6 @@ KINDS = (
 )
 
 
-class Origin(NamedTuple):
-    """The origin of a leaf that is read as bytes: the name of its dtype in the source, and its shape there."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class SourceLeaf(NamedTuple):
-    """A leaf of a source, without its values.
-
-    Attributes:
-        path, shape, dtype: as `Source.read` returns it: as stored, if numpy can hold that.
-        origin: what it is, if it is not an array of numbers that numpy can hold; it is then read as its bytes, uint8.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    origin: Origin | None = None
-
-    @property
-    def note(self) -> str:
-        """Why it cannot be quantized, if that cannot be seen from its shape and dtype."""
-        if self.origin:
-            return self.origin.dtype
-        floating = jnp.issubdtype(self.dtype, jnp.floating)
-        return self.dtype.name if floating and self.dtype.name not in FLOATS else ""
-
-
 S = TypeVar("S", bound="Source")
 
 
@@ -95,7 +67,7 @@ class Source(abc.ABC):
 
     def __init__(self, file: Path):
         self.file = file
-        self.leaves: tuple[SourceLeaf, ...] = tuple(self._scan())
+        self.leaves: tuple[LeafSpec, ...] = tuple(self._scan())
         self._by_path = {leaf.path: leaf for leaf in reversed(self.leaves)}
         twice = [leaf.path for leaf in self.leaves if self._by_path[leaf.path] is not leaf]
         if twice:
@@ -153,28 +125,33 @@ class Source(abc.ABC):
         return [self.file]
 
     @abc.abstractmethod
-    def _scan(self) -> Iterable[SourceLeaf]:
+    def _scan(self) -> Iterable[LeafSpec]:
         """The leaves of `self.file`."""
 
     @abc.abstractmethod
-    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray: ...
+    def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray: ...
 
 
-def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> SourceLeaf:
+def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> LeafSpec:
     """A leaf of this shape and dtype; of its bytes, if it is not an array of numbers."""
     shape = checked_shape(file, path, shape, 8 * dtype.itemsize)
     if dtype.hasobject:
         raise ValueError(f"{file}: {path!r} holds Python objects, not numbers; leave it out, or save it as numbers")
     numbers = dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.number)
     if numbers and dtype.type not in (np.longdouble, np.clongdouble):  # those differ from machine to machine
-        return SourceLeaf(path, shape, dtype)
+        return LeafSpec(path, shape, dtype, note=_note(dtype))
     name = str(dtype) if dtype.names or dtype.kind != "V" else f"V{dtype.itemsize} (dtype lost in .npz)"
     return bytes_leaf(path, math.prod(shape) * dtype.itemsize, Origin(name[:MAX_NAME], shape))
 
 
-def bytes_leaf(path: str, nbytes: int, origin: Origin) -> SourceLeaf:
+def bytes_leaf(path: str, nbytes: int, origin: Origin) -> LeafSpec:
     """A leaf that is read as its bytes."""
-    return SourceLeaf(path, (nbytes,), np.dtype(np.uint8), origin)
+    return LeafSpec(path, (nbytes,), np.dtype(np.uint8), note=origin.dtype, origin=origin)
+
+
+def _note(dtype: np.dtype) -> str:
+    """Why weights of this dtype are not quantized."""
+    return dtype.name if jnp.issubdtype(dtype, jnp.floating) and dtype.name not in FLOATS else ""
 
 
 def checked_shape(file: Path, path: str, shape: tuple[Any, ...], bits: int) -> tuple[int, ...]:
@@ -183,10 +160,6 @@ def checked_shape(file: Path, path: str, shape: tuple[Any, ...], bits: int) -> t
     if not whole or math.prod(axis or 1 for axis in shape) * bits >= 2**66:
         raise ValueError(f"{file}: {path!r} has a shape that no array can have, {shape!s:.80}; {AGAIN}")
     return tuple(shape)
-
-
-def nbytes_of(leaf: SourceLeaf) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _bytes_of(values: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ import zipfile
 import numpy as np
 
 from btc_jax.large import Box
-from btc_jax.sources.base import AGAIN, Origin, Source, SourceLeaf, bytes_leaf, leaf_of, nbytes_of, readable
+from btc_jax.leafspec import LeafSpec, Origin
+from btc_jax.sources.base import AGAIN, Source, bytes_leaf, leaf_of, readable
 
 MAX_DEFLATE = 1032  # deflate cannot shrink further, so a larger claimed size is false
 _PICKLED = "pickled"
@@ -19,7 +20,7 @@ class NpzSource(Source):
     so are pickles, which can run code.
     """
 
-    def _scan(self) -> list[SourceLeaf]:
+    def _scan(self) -> list[LeafSpec]:
         with readable(self.file, "is a damaged .npz file"):
             self._zip = zipfile.ZipFile(self.file)
         leaves = [self._describe(member) for member in self._zip.infolist()]
@@ -30,7 +31,7 @@ class NpzSource(Source):
             )
         return leaves
 
-    def _describe(self, member: zipfile.ZipInfo) -> SourceLeaf:
+    def _describe(self, member: zipfile.ZipInfo) -> LeafSpec:
         path = member.filename.removesuffix(".npy")
         if path == member.filename:
             raise ValueError(f"{self.file} holds {path!r}, which is not an array of numpy; take it out, or rename it")
@@ -42,11 +43,11 @@ class NpzSource(Source):
         size = member.file_size - start
         pickled = bytes_leaf(path, size, Origin(_PICKLED, shape))
         leaf = pickled if dtype.hasobject else leaf_of(self.file, path, shape, dtype.newbyteorder("="))
-        if size != nbytes_of(leaf) or member.file_size > MAX_DEFLATE * (member.compress_size + 1):
+        if size != leaf.nbytes or member.file_size > MAX_DEFLATE * (member.compress_size + 1):
             raise ValueError(f"{self.file}: {path} has another size than {dtype}{list(shape)}; {AGAIN}")
         return leaf
 
-    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+    def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray:
         with readable(self.file, f"is damaged at {leaf.path}"), self._zip.open(f"{leaf.path}.npy") as stream:
             if leaf.note == _PICKLED:
                 member = stream.read()  # never opened

@@ -10,19 +10,17 @@ import numpy as np
 
 from btc_jax.checkpoint.manifest import FORMAT
 from btc_jax.large import Box
+from btc_jax.leafspec import LeafSpec, Origin
 from btc_jax.sources import kinds
 from btc_jax.sources.base import (
     AGAIN,
     DTYPES,
     MAX_HEADER,
     PACKED,
-    Origin,
     Source,
-    SourceLeaf,
     bytes_leaf,
     checked_shape,
     leaf_of,
-    nbytes_of,
     parse_json,
     readable,
     refuse,
@@ -43,7 +41,7 @@ class SafetensorsSource(Source):
     def files(self) -> Sequence[Path]:
         return [self.file, *self._shards]
 
-    def _scan(self) -> Iterator[SourceLeaf]:
+    def _scan(self) -> Iterator[LeafSpec]:
         for shard in self._shards or [self.file]:
             header, start = _read_header(shard)
             self.compressed |= _is_ours(header.pop("__metadata__", None))
@@ -51,7 +49,7 @@ class SafetensorsSource(Source):
                 self.places[leaf.path] = shard, offset
                 yield leaf
 
-    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+    def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray:
         file, offset = self.places[leaf.path]
         shape, starts = _runs(leaf.shape, box)
         values = np.empty((len(starts), math.prod(shape) // max(len(starts), 1) * leaf.dtype.itemsize), np.uint8)
@@ -126,11 +124,12 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         return parse_json(file, stream.read(length)), 8 + length
 
 
-def _placed(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[SourceLeaf, int]]:
+def _placed(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[LeafSpec, int]]:
     """The leaves of a safetensors file with their offsets; together they must fill the file without a gap."""
     position, size = start, file.stat().st_size
-    for begin, end, leaf in sorted(_entry(file, *item) for item in header.items()):
-        if start + begin != position or end - begin != nbytes_of(leaf):
+    entries = sorted((_entry(file, *item) for item in header.items()), key=lambda entry: (*entry[:2], entry[2].path))
+    for begin, end, leaf in entries:
+        if start + begin != position or end - begin != leaf.nbytes:
             raise ValueError(f"{file}: {leaf.path} is said to lie at {begin}:{end}, which cannot be true; {AGAIN}")
         if start + end > size:
             raise ValueError(f"{file} is truncated: {leaf.path} ends at {start + end} of {size} bytes; {AGAIN}")
@@ -140,7 +139,7 @@ def _placed(file: Path, header: dict[str, Any], start: int) -> Iterator[tuple[So
         raise ValueError(f"{file} has {size - position} bytes that belong to no tensor; {AGAIN}")
 
 
-def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, SourceLeaf]:
+def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, LeafSpec]:
     with readable(file, f"describes {path!r} without a dtype, a shape or data_offsets"):
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         known = code in DTYPES or code in PACKED
@@ -154,7 +153,7 @@ def _entry(file: Path, path: str, entry: Any) -> tuple[int, int, SourceLeaf]:
     return begin, end, leaf_of(file, path, shape, DTYPES[code]) if code in DTYPES else _packed(file, path, shape, code)
 
 
-def _packed(file: Path, path: str, shape: tuple[Any, ...], code: str) -> SourceLeaf:
+def _packed(file: Path, path: str, shape: tuple[Any, ...], code: str) -> LeafSpec:
     """A leaf whose elements share bytes: the meaning of its bits is left to its writer."""
     shape = checked_shape(file, path, shape, PACKED[code])
     return bytes_leaf(path, -(-math.prod(shape) * PACKED[code] // 8), Origin(code, shape))

@@ -8,13 +8,14 @@ import numpy as np
 
 from btc_jax.checkpoint.manifest import FORMAT
 from btc_jax.large import Box
-from btc_jax.sources.base import Origin, Source, SourceLeaf, bytes_leaf, flat, leaf_of, readable, unknown
+from btc_jax.leafspec import LeafSpec, Origin
+from btc_jax.sources.base import Source, bytes_leaf, flat, leaf_of, readable, unknown
 
 
 class MsgpackSource(Source):
     """The msgpack of `flax.serialization.to_bytes`. It has no index: all of it is in memory until it is closed."""
 
-    def _scan(self) -> list[SourceLeaf]:
+    def _scan(self) -> list[LeafSpec]:
         from flax.serialization import msgpack_restore
 
         named = self.file.suffix == ".msgpack"
@@ -23,7 +24,7 @@ class MsgpackSource(Source):
         self._values = {path: _array(leaf) for path, leaf in zip(paths, leaves, strict=True)}
         return [_describe(self.file, *pair) for pair in zip(paths, leaves, strict=True)]
 
-    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+    def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray:
         return self._values[leaf.path][*box, ...]
 
     def close(self) -> None:
@@ -31,7 +32,7 @@ class MsgpackSource(Source):
         self._values = {}
 
 
-def _describe(file: Path, path: str, leaf: Any) -> SourceLeaf:
+def _describe(file: Path, path: str, leaf: Any) -> LeafSpec:
     array = _array(leaf)
     if isinstance(leaf, str | bytes):
         return bytes_leaf(path, array.nbytes, Origin(type(leaf).__name__, ()))
@@ -47,7 +48,7 @@ def _array(leaf: Any) -> np.ndarray:
 class OrbaxSource(Source):
     """The folder of one item of an Orbax checkpoint: a tree of arrays."""
 
-    def _scan(self) -> list[SourceLeaf]:
+    def _scan(self) -> list[LeafSpec]:
         try:
             import orbax.checkpoint
         except ImportError as error:
@@ -61,7 +62,7 @@ class OrbaxSource(Source):
             paths = [path.removesuffix("/value") for path in paths]  # an NNX state, each variable a folder of one
         return [self._describe(path, leaf) for path, leaf in zip(paths, self._found, strict=True)]
 
-    def _describe(self, path: str, leaf: Any) -> SourceLeaf:
+    def _describe(self, path: str, leaf: Any) -> LeafSpec:
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is not None and dtype is not None:
             return leaf_of(self.file, path, shape, np.dtype(dtype))
@@ -71,7 +72,7 @@ class OrbaxSource(Source):
     def files(self) -> Sequence[Path]:
         return sorted(file for file in self.file.rglob("*") if file.is_file())
 
-    def _read(self, leaf: SourceLeaf, box: Box) -> np.ndarray:
+    def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray:
         return _array(self._restored(self._found[self.leaves.index(leaf)], leaf.path))[*box, ...]
 
     def _restored(self, leaf: Any, path: str) -> Any:

@@ -12,11 +12,10 @@ from btc_jax.checkpoint.index import SUFFIX, index_text
 from btc_jax.checkpoint.manifest import Manifest, dense_tensor, error_of_list, packed_tensor
 from btc_jax.checkpoint.record import LeafRecord
 from btc_jax.checkpoint.structure import describe
-from btc_jax.choices import cut_by
 from btc_jax.formats import Format
+from btc_jax.leafspec import Origin
 from btc_jax.policy import Decision
 from btc_jax.sizes import nbytes_of_one_width
-from btc_jax.sources import Origin
 
 _CHECKSUM = "0" * 8
 _LONGEST = 1.234e-100
@@ -52,7 +51,7 @@ def _record(leaf: Any, how: Decision) -> LeafRecord:
         return LeafRecord(
             path, "dense", shape, dtype, (dense_tensor(path, shape, dtype),), origin_json(getattr(leaf, "origin", None))
         )
-    cut = cut_by(leaf, how)
+    cut = how.cut
     count, piece = (cut.total, cut.piece(shape)) if cut else (1, shape)
     form = max(how.codec.formats, key=lambda form: _most_nbytes(form, math.prod(piece)))
     order = (with_taps(piece, how.order) if how.allow_transform else None) or how.order

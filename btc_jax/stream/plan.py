@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Unpack
 
-import jax
 import numpy as np
 
 from btc_jax._errors import Remedied
@@ -18,10 +17,10 @@ from btc_jax.choices import choose
 from btc_jax.codecs import Codec
 from btc_jax.coding import Recipe
 from btc_jax.large import LARGE, Box, LargeLeaf
+from btc_jax.leafspec import LeafSpec
 from btc_jax.plan import Plan, plan_of
 from btc_jax.policy import Decision, Policy
-from btc_jax.sizes import leaf_nbytes
-from btc_jax.sources import Source, SourceLeaf, open_source
+from btc_jax.sources import Source, open_source
 from btc_jax.stream.container import container_nbytes
 from btc_jax.tree import decide, flatten, one_policy
 
@@ -71,21 +70,8 @@ class CompressedSourceError(Remedied):
     """The source is not dense."""
 
 
-class LeafShape(jax.ShapeDtypeStruct):
-    """A leaf of a source in its tree of shapes.
-
-    Attributes:
-        note: why it cannot be quantized whatever the policy says, or empty.
-        origin: as `SourceLeaf.origin`.
-    """
-
-    def __init__(self, leaf: SourceLeaf):
-        super().__init__(leaf.shape, leaf.dtype)
-        self.note, self.origin = leaf.note, leaf.origin
-
-
 def nested(source: Source) -> PyTree:
-    """Nested dicts of shapes and dtypes, by the paths of the leaves.
+    """Nested dicts of the leaves without their values, by their paths.
 
     Raises:
         ValueError: if two paths conflict, or the source is a compressed checkpoint.
@@ -103,7 +89,7 @@ def nested(source: Source) -> PyTree:
             node = node.setdefault(folder, {}) if isinstance(node, dict) else node
         if not isinstance(node, dict) or name in node:
             raise ValueError(f"{leaf.path} and another leaf of the source have conflicting paths; rename one")
-        node[name] = LeafShape(leaf)
+        node[name] = leaf
     return tree
 
 
@@ -121,9 +107,9 @@ def read_tree(source: PathLike) -> PyTree:
 class LazyLeaf:
     """A leaf of an open source, whose values are read on demand and not kept."""
 
-    def __init__(self, source: Source, path: str, leaf: LeafShape):
-        self._source, self.path, self.shape, self.dtype = source, path, leaf.shape, leaf.dtype
-        self.nbytes, self.origin = leaf_nbytes(leaf), leaf.origin
+    def __init__(self, source: Source, spec: LeafSpec):
+        self._source, self.path, self.origin = source, spec.path, spec.origin
+        self.shape, self.dtype, self.nbytes = spec.shape, spec.dtype, spec.nbytes
 
     def __getitem__(self, box: Box) -> np.ndarray:
         _trim_heap()
@@ -137,11 +123,10 @@ class _LargeLazyLeaf(LazyLeaf, LargeLeaf):
     """One that is read in parts."""
 
 
-def lazy_leaves(source: Source, leaves: Sequence[Any], decisions: Sequence[Decision]) -> list[LazyLeaf]:
+def lazy_leaves(source: Source, leaves: Sequence[LeafSpec], decisions: Sequence[Decision]) -> list[LazyLeaf]:
     pairs = list(zip(leaves, decisions, strict=True))
-    large = [source.reads_parts and how.codec is not None and leaf_nbytes(leaf) >= LARGE for leaf, how in pairs]
-    kinds = [_LargeLazyLeaf if one else LazyLeaf for one in large]
-    return [kind(source, how.path, leaf) for kind, (leaf, how) in zip(kinds, pairs, strict=True)]
+    large = [source.reads_parts and how.codec is not None and leaf.nbytes >= LARGE for leaf, how in pairs]
+    return [(_LargeLazyLeaf if one else LazyLeaf)(source, leaf) for one, (leaf, _) in zip(large, pairs, strict=True)]
 
 
 def choices_of(
