@@ -157,3 +157,19 @@ def test_too_many_leaves_are_refused_before_any_is_quantized(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"9 leaves need a header of .*max_shard_bytes"):
         quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors")
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_experts_stacked_in_three_leaves_are_planned_saved_and_loaded(tmp_path):
+    layers = 48 if os.environ.get("BTC_JAX_SLOW") else 6  # 18,432 kernels, or 2,304
+    keys = dict(zip(("gate", "up", "down"), jax.random.split(jax.random.key(0), 3), strict=True))
+    params = {name: jax.random.normal(key, (layers, 128, 8, 32)) for name, key in keys.items()}
+    policy = btc_jax.Policy(btc_jax.Multilevel(width=4), rules=(btc_jax.Rule("*", stack=(0, 1)),))
+    plan = btc_jax.btc_plan(params, policy=policy)
+    packed = jax.jit(lambda tree: btc_jax.btc_quantize(tree, policy=policy))(params)
+    assert sum(int(np.prod(leaf.pieces)) for leaf in packed.values()) == layers * 384
+    assert plan.bytes_min == plan.bytes_max == sum(leaf.nbytes for leaf in packed.values())
+    save(tmp_path / "experts.safetensors", packed)
+    loaded = load(tmp_path / "experts.safetensors")
+    for name, leaf in packed.items():
+        jax.tree.map(np.testing.assert_array_equal, leaf, loaded[name])
+    np.testing.assert_allclose(loaded["up"][5, 3], params["up"][5, 3], atol=0.5)
