@@ -18,6 +18,7 @@ import btc_jax
 from btc_jax.sources import open_source
 from tests.sources_support import Unpickled as Unpickled
 from tests.sources_support import assert_holds as assert_holds
+from tests.sources_support import raw as raw
 from tests.sources_support import refused as refused
 from tests.sources_support import shards as shards
 from tests.sources_support import small as small
@@ -84,6 +85,16 @@ def test_a_name_does_not_hide_a_content_that_is_read(tmp_path, small):
     assert_holds(open_source(tmp_path / "model.bin"), small)
     np.savez(tmp_path / "x.npz", a=np.ones(3))
     assert_holds(open_source((tmp_path / "x.npz").rename(tmp_path / "x.pkl")), {"a": np.ones(3)})
+
+
+@pytest.mark.parametrize("magic", [b"\x80\x02", b"\x80\x05", b"\x1f\x8b", b"\x08\x03\x12"], ids=bytes.hex)
+def test_a_length_does_not_hide_a_safetensors_file(tmp_path, magic):
+    """The first bytes of such a file are the length of its header, here the magic of a pickle, gzip or ONNX."""
+    header = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+    values = np.arange(2, dtype=np.float32)
+    padded = header.ljust(int.from_bytes(magic, "little"))
+    (tmp_path / "model.safetensors").write_bytes(raw(padded, values.tobytes()))
+    assert_holds(open_source(tmp_path / "model.safetensors"), {"a": values})
 
 
 def test_an_index_of_other_files(tmp_path):

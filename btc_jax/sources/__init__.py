@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from btc_jax.sources import kinds
 from btc_jax.sources.base import DTYPES as DTYPES
-from btc_jax.sources.base import KINDS, MAX_HEADER, refuse, unknown
+from btc_jax.sources.base import KINDS, refuse, unknown
 from btc_jax.sources.base import PACKED as PACKED
 from btc_jax.sources.base import Source as Source
 from btc_jax.sources.npz import NpzSource
@@ -65,7 +65,7 @@ def _suffix_by_content(file: Path) -> str:
     """The suffix that the content of the file implies, if that is certain."""
     with file.open("rb") as stream:
         start = stream.read(9)
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER:
+    if kinds.is_safetensors(start):
         return ".safetensors"
     return ".npz" if kinds.is_zip(start) and kinds.members(file) else ""
 

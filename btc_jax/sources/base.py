@@ -39,7 +39,6 @@ DTYPES = {name: np.dtype(kind) for name, kind in DTYPES.items()}
 PACKED = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """Bits of an element of the other ones: several share a byte."""
 
-MAX_HEADER = 100_000_000  # bytes: the cap of safetensors itself
 MAX_PARTS = 2_000_000  # of a JSON header, some 300,000 tensors: parsed, 100 MB of small parts would be gigabytes
 MAX_NAME = 64  # letters of the name of a dtype; those of structures can be long
 AGAIN = "save or download it again"

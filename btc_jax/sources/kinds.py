@@ -62,6 +62,8 @@ LFS = Foreign("a Git LFS pointer and not the file itself", "fetch the file: git 
 WEB_PAGE = Foreign("a web page, so the download failed", "download the file again")
 PART_OF_ORBAX = Foreign("a part of an Orbax checkpoint", "open its folder")
 
+MAX_HEADER = 100_000_000  # bytes: the cap of safetensors itself
+
 _MAGIC = (
     (0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", TORCH),  # before 1.6, when it wrote no zip
     *((0, b"\x80" + bytes([protocol]), PICKLE) for protocol in (2, 3, 4, 5)),
@@ -98,6 +100,8 @@ def by_content(file: Path) -> Foreign | None:
     """What a file is, if its first bytes, or the names in it if it is a zip, say that it is of a foreign kind."""
     with file.open("rb") as stream:
         start = stream.read(512)
+    if is_safetensors(start):  # first: it begins with the length of its header, which can equal the magic of others
+        return None
     found = next((kind for at, magic, kind in _MAGIC if start[at:].startswith(magic)), None)
     if found in (PICKLE, NPY):
         named = by_name(file)
@@ -122,6 +126,10 @@ def in_folder(folder: Path) -> tuple[Path, Foreign | None]:
     if any(file.name == ".zarray" for file in (*files, *folder.glob("*/.zarray"))):
         return folder, ZARR
     return next(((file, kind) for file in files if file.is_file() and (kind := by_name(file))), (folder, None))
+
+
+def is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
 def is_zip(start: bytes) -> bool:

@@ -15,7 +15,6 @@ from btc_jax.sources import kinds
 from btc_jax.sources.base import (
     AGAIN,
     DTYPES,
-    MAX_HEADER,
     PACKED,
     Source,
     bytes_leaf,
@@ -87,7 +86,7 @@ def _fill(stream: Any, rest: memoryview) -> bool:
 
 def open_index(index: Path) -> Source:
     """The shards that an index names. Leaves of a shard that the index omits are read too."""
-    text = index.read_bytes() if index.stat().st_size <= MAX_HEADER else b""
+    text = index.read_bytes() if index.stat().st_size <= kinds.MAX_HEADER else b""
     fields = parse_json(index, text)
     shard_of = fields.get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
@@ -119,7 +118,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
+        if size < 8 or length > min(size - 8, kinds.MAX_HEADER):
             raise ValueError(f"{file} is truncated or not safetensors: header {length}, file {size} bytes; {AGAIN}")
         return parse_json(file, stream.read(length)), 8 + length
 
