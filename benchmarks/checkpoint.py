@@ -8,7 +8,7 @@ With btc_jax, `load` rows leave the weights packed and `dense` rows end with flo
 do. Every save is flushed to disk. Cold means that the operating system dropped the file from its cache beforehand; the
 host of a virtual machine may still have it cached. Peak memory is measured in a separate process for each row, with the
 default allocator and a warm file: the maximum beyond the imports and the tree to save, including the result. Finally, a
-large safetensors file is compressed leaf by leaf.
+large safetensors file is compressed leaf by leaf, and one of a single large leaf, as a whole and in panels.
 """
 
 import gc
@@ -48,7 +48,8 @@ _KEEPS_MEMORY = {
 }
 
 
-STREAMED_SHAPE = (4096, 4096)
+STREAMED_SHAPE, LARGE_SHAPE = (4096, 4096), (16384, 16384)
+_ROWS = 512
 
 
 def medians(folder: Path, rounds: int) -> tuple[dict[tuple[str, str], float], float]:
@@ -86,30 +87,31 @@ def peak_of(folder: Path, kind: str, side: str) -> int:
     return status("VmHWM") - before
 
 
-def stream(folder: Path) -> tuple[int, float, int]:
+def stream(folder: Path, panels: bool = True, bits: float | None = None) -> tuple[int, float, int]:
     """Peak bytes above the imports, seconds, and bytes written when compressing a file. Runs in a separate process."""
-    import btc_jax.stream
+    import btc_jax.stream.plan
 
+    if not panels:
+        btc_jax.stream.plan.LARGE = math.inf
     before, start = status("VmHWM"), time.perf_counter()
-    btc_jax.stream.quantize_file(folder / "large.safetensors", folder / "small.safetensors")
+    btc_jax.stream.quantize_file(folder / "large.safetensors", folder / "small.safetensors", bits=bits)
     seconds = time.perf_counter() - start
     return status("VmHWM") - before, seconds, size_of(folder / "small.safetensors")
 
 
-def make_large_file(folder: Path, nbytes: int) -> None:
-    """Write a safetensors file of equally large leaves, one by one."""
-    leaf = 4 * math.prod(STREAMED_SHAPE)
-    count = max(1, round(nbytes / leaf))
+def make_large_file(folder: Path, count: int, shape: tuple[int, int]) -> None:
+    """Write a safetensors file of equally large leaves, 512 rows at a time."""
+    leaf = 4 * math.prod(shape)
     entries = {
-        f"layer_{i:03d}/kernel": {"dtype": "F32", "shape": STREAMED_SHAPE, "data_offsets": [i * leaf, (i + 1) * leaf]}
+        f"layer_{i:03d}/kernel": {"dtype": "F32", "shape": shape, "data_offsets": [i * leaf, (i + 1) * leaf]}
         for i in range(count)
     }
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     with open(folder / "large.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for i in range(count):
-            file.write(layer(i, STREAMED_SHAPE).data)
+        for i in range(count * shape[0] // _ROWS):
+            file.write(layer(i, (_ROWS, shape[1])).data)
 
 
 def apart(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
@@ -178,7 +180,7 @@ def verdict(text: str, met: bool, aim: str) -> str:
 
 def streamed(folder: Path, nbytes: int) -> str:
     """Compress a large file, and report the memory needed."""
-    apart(make_large_file, folder, nbytes)
+    apart(make_large_file, folder, max(1, round(nbytes / (4 * math.prod(STREAMED_SHAPE)))), STREAMED_SHAPE)
     peak, seconds, written = apart(stream, folder)
     size, limit = size_of(folder / "large.safetensors"), 3 * 4 * math.prod(STREAMED_SHAPE) + 300 * MB
     text = (
@@ -186,6 +188,16 @@ def streamed(folder: Path, nbytes: int) -> str:
         f"{written / MB:.0f} MB written, peak {peak / MB:.0f} MB above the imports"
     )
     return verdict(text, peak <= limit, f"at most {limit / MB:.0f} MB, 3 times the largest leaf + 300 MB")
+
+
+def in_panels(folder: Path) -> Iterator[str]:
+    """Compress one large leaf as a whole and in panels, and report the memory needed."""
+    apart(make_large_file, folder, 1, LARGE_SHAPE)
+    whole, panels = (apart(stream, folder, panels, 4.5) for panels in (False, True))
+    for name, (peak, seconds, _) in {"as a whole": whole, "in panels": panels}.items():
+        nbytes = size_of(folder / "large.safetensors")
+        yield f"bits=4.5, one leaf of {nbytes / MB:.0f} MB {name}: peak {peak / MB:.0f} MB, {seconds:.1f} s"
+    yield f"in panels over as a whole: {panels[0] / whole[0]:.2f} of the memory, {panels[1] / whole[1]:.2f} of the time"
 
 
 def main(
@@ -196,7 +208,10 @@ def main(
 ) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = Path(name)
-        needed, free = int(2.5e9 * gigabytes + 1.5e9 * stream_gigabytes), shutil.disk_usage(here).free
+        needed, free = (
+            int(2.5e9 * gigabytes + max(1.5e9 * stream_gigabytes, 1.3e9 * bool(stream_gigabytes))),
+            shutil.disk_usage(here).free,
+        )
         if free < needed:
             raise typer.BadParameter(f"{here.parent} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} are needed")
         apart(make_files, here, int(gigabytes * 1e9))
@@ -206,6 +221,8 @@ def main(
             rich.print(line)
         if stream_gigabytes:
             rich.print(streamed(here, int(stream_gigabytes * 1e9)))
+            for line in in_panels(here):
+                rich.print(line)
         print(measured_on("safetensors", "orbax-checkpoint"))
 
 

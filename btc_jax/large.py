@@ -1,7 +1,6 @@
 """A leaf of a file that is too large to be in memory as a whole: its blocks are read a panel at a time."""
 
 import abc
-import functools
 import math
 from typing import Any
 
@@ -58,7 +57,7 @@ class Panels:
         of_slice = leaf.size // leaf.shape[self._axis]
         self._slices = max(PANEL // (of_slice * leaf.dtype.itemsize), 1)
         self._size = self._slices * of_slice
-        self._panel = functools.lru_cache(maxsize=1)(self._read)
+        self._kept: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
         """The numbers in a range, or at an array of places."""
@@ -78,7 +77,10 @@ class Panels:
         first = i * self._size
         return self._panel(i)[max(start - first, 0) : max(stop - first, 0)]
 
-    def _read(self, i: int) -> np.ndarray:
-        box: list[Any] = [slice(None)] * len(self._leaf.shape)
-        box[self._axis] = slice(i * self._slices, (i + 1) * self._slices)
-        return flattened(self._leaf[tuple(box)], self._order)
+    def _panel(self, i: int) -> np.ndarray:
+        if self._kept is None or self._kept[0] != i:
+            self._kept = None  # released before the next is read
+            box: list[Any] = [slice(None)] * len(self._leaf.shape)
+            box[self._axis] = slice(i * self._slices, (i + 1) * self._slices)
+            self._kept = i, flattened(self._leaf[tuple(box)], self._order)
+        return self._kept[1]

@@ -50,4 +50,5 @@ class LeafSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        """Bytes of its values; 0 for what is not an array."""
+        return 0 if self.dtype is None else math.prod(self.shape) * np.dtype(self.dtype).itemsize

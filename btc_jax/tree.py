@@ -270,7 +270,7 @@ def _spec(path: str, leaf: Any, training: str) -> LeafSpec:
     if is_packed(leaf):
         return LeafSpec(path, leaf.shape, leaf.dtype, note="already quantized", training=training)
     if isinstance(leaf, LeafSpec):
-        return dataclasses.replace(leaf, training=training)
+        return dataclasses.replace(leaf, path=path, training=training)
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         return LeafSpec(path, tuple(leaf.shape), leaf.dtype, sharding, training=training)

@@ -68,6 +68,14 @@ def test_processes_pack_what_one_packs(count, alone, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_many_leaves_in_many_files(tmp_path):
+    """As many as docs/format.md allows, with BTC_JAX_SLOW."""
+    records, files = results("many", 2, tmp_path)
+    slow = bool(os.environ.get("BTC_JAX_SLOW"))
+    assert records == (100_000 if slow else 1000) + len(leaves())
+    assert files > (4000 if slow else 40)
+
+
 def test_what_is_wrong_in_one_process_is_an_error_in_all(tmp_path):
     nan, nan_too, like, room, folder = results("fail", 2, tmp_path)
     assert nan.startswith("up: ")

@@ -1,5 +1,8 @@
 """Leaves of a file that are read in panels, with small panels: as if they were too large for memory."""
 
+import gc
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,3 +119,20 @@ def test_a_part_of_a_leaf_is_read_alone(data, tmp_path_factory):
             part = source.read("leaf", box)
         assert isinstance(part, np.ndarray)
         np.testing.assert_array_equal(part, leaf[*box, ...], strict=True)
+
+
+@pytest.mark.parametrize("box", [(slice(0, 9, 2),), (150,), (-1,), (0, 0, 0)], ids=str)
+def test_a_part_that_a_leaf_does_not_have_is_refused(model, box):
+    with open_source(model) as source, pytest.raises(ValueError, match=r"'a.kernel' of shape \[150, 130\] has no part"):
+        source.read("a.kernel", box)
+
+
+def test_panels_are_released_with_their_blocks():
+    panels = Panels(InMemory(np.ones((4, 4), np.float32)), "output-major")
+    panel = weakref.ref(panels._panel(0))
+    gc.disable()
+    try:
+        del panels
+        assert panel() is None
+    finally:
+        gc.enable()

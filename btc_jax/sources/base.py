@@ -80,7 +80,7 @@ class Source(abc.ABC):
             box: the part to read, as slices without steps, and indices; all of it by default.
 
         Raises:
-            ValueError: if there is no such leaf, its bytes are damaged, or the source is closed.
+            ValueError: if there is no such leaf or part, its bytes are damaged, or the source is closed.
         """
         if path not in self._by_path:
             near = difflib.get_close_matches(path, self._by_path) or list(self._by_path)[:3]
@@ -88,6 +88,11 @@ class Source(abc.ABC):
                 f"{self.file} has no leaf {path!r}; {', '.join(near) or 'none, as it is closed'} can be read"
             )
         leaf = self._by_path[path]
+        if not _fits(box, leaf.shape):
+            raise ValueError(
+                f"{self.file}: {path!r} of shape {list(leaf.shape)} has no part {box!r}; give, for as many axes "
+                "as it has or fewer, a slice without a step or an index from 0"
+            )
         values = self._read(leaf, box)
         return values if leaf.origin is None else _bytes_of(values)
 
@@ -129,6 +134,13 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def _read(self, leaf: LeafSpec, box: Box) -> np.ndarray: ...
+
+
+def _fits(box: Box, shape: tuple[int, ...]) -> bool:
+    return len(box) <= len(shape) and all(
+        part.step in (None, 1) if isinstance(part, slice) else 0 <= part < size
+        for part, size in zip(box, shape, strict=False)
+    )
 
 
 def leaf_of(file: Path, path: str, shape: tuple[Any, ...], dtype: np.dtype) -> LeafSpec:

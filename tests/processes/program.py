@@ -1,6 +1,7 @@
 """What each of several processes runs: python -m tests.processes.program WHAT COUNT INDEX PORT FOLDER."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,6 +81,22 @@ def fail():
     return messages
 
 
+def many():
+    """A checkpoint of as many leaves and files as there may be, from all processes."""
+    count, files = (100_000, 4000) if os.environ.get("BTC_JAX_SLOW") else (1000, 40)
+    one = btc_jax.packing.quantize_leaf(np.linspace(-1, 1, 16, dtype=np.float32), btc_jax.Uniform(8))
+    tree = {f"expert_{i}/kernel": jax.tree.map(np.array, one) for i in range(count)}
+    for i, leaf in enumerate(tree.values()):
+        leaf.planes[0].flat[0] = i % 256
+    btc_jax.save(FOLDER / "many.safetensors", tree | spread(), max_shard_bytes=one.nbytes * count // files)
+    loaded = btc_jax.load(FOLDER / "many.safetensors", select="expert_*99/kernel")
+    assert len(loaded) == count // 100
+    for path, leaf in loaded.items():
+        np.testing.assert_array_equal(leaf.planes[0], tree[path].planes[0])
+    with btc_jax.open_checkpoint(FOLDER / "many.safetensors") as checkpoint:
+        return len(checkpoint.records), len(checkpoint.files)
+
+
 def save():
     """Saves one tree after another, until it is killed."""
     packed = btc_jax.btc_quantize(spread(), policy=POLICY, bits=4.5)
@@ -96,5 +113,5 @@ if __name__ == "__main__":
     FOLDER = Path(sys.argv[5])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{PORT}", COUNT, INDEX)
-    result = {"pack": pack, "fail": fail, "save": save}[WHAT]()
+    result = {"pack": pack, "fail": fail, "many": many, "save": save}[WHAT]()
     (FOLDER / f"{WHAT}-{COUNT}-{INDEX}.json").write_text(json.dumps(result))
